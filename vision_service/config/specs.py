@@ -1,0 +1,184 @@
+"""What a model is, as data: its backend, weights, preprocessing, batching and default parameters."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from vision_service.types import VOID, Params, Task
+
+Positive = Annotated[int, Field(ge=1)]
+SizeHW = tuple[Positive, Positive]
+Byte = Annotated[int, Field(ge=0, le=255)]
+RGB = tuple[Byte, Byte, Byte]
+Triple = tuple[float, float, float]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShortestSideCrop(Spec):
+    """Resize the shortest side to a length, keeping the aspect ratio, then cut out the centre."""
+
+    mode: Literal["shortest_side_crop"] = "shortest_side_crop"
+    shortest_side: Positive
+    crop_hw: SizeHW
+
+
+class Letterbox(Spec):
+    """Resize to fit inside a size, keeping the aspect ratio, and fill the rest with a colour."""
+
+    mode: Literal["letterbox"] = "letterbox"
+    size_hw: SizeHW
+    align: Literal["center", "top_left"] = "center"
+    fill: RGB = (114, 114, 114)
+    upscale: bool = True
+
+
+class Stretch(Spec):
+    """Resize to a size, whatever that does to the aspect ratio."""
+
+    mode: Literal["stretch"] = "stretch"
+    size_hw: SizeHW
+
+
+class Limit(Spec):
+    """Bring the shortest side to a length unless the longest would pass its own limit; keep the aspect ratio.
+
+    Then pad right and bottom to a multiple (torchvision's detectors, Detectron).
+    """
+
+    mode: Literal["limit"] = "limit"
+    shortest_side: Positive
+    longest_side: Positive
+    pad_multiple: Positive = 1
+    fill: RGB = (0, 0, 0)
+
+
+class Native(Spec):
+    """Keep the image's own size; pad right and bottom to a multiple by repeating the edge."""
+
+    mode: Literal["native"] = "native"
+    pad_multiple: Positive = 1
+
+
+Resize = Annotated[ShortestSideCrop | Letterbox | Stretch | Limit | Native, Field(discriminator="mode")]
+
+
+class PreprocessSpec(Spec):
+    """From a uint8 RGB image to the network's input.
+
+    Attributes:
+        resize: which geometry.
+        interpolation: ``antialias`` is a triangle filter widened by the scale (what Pillow and torchvision's reference
+            transforms do), ``bilinear`` samples four pixels (OpenCV's INTER_LINEAR), ``area`` averages.
+        color_order: what the network was trained on.
+        mean: subtracted per channel, in units of 0..255 and in the network's colour order.
+        std: divides per channel, likewise.
+        max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
+    """
+
+    resize: Resize
+    interpolation: Literal["antialias", "bilinear", "area"] = "antialias"
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (255.0, 255.0, 255.0)
+    max_pixels: Positive | None = None
+
+    @field_validator("std")
+    @classmethod
+    def _no_zero(cls, std: Triple) -> Triple:
+        if min(std) <= 0:
+            raise ValueError(f"every std must be above 0, got {std}")
+        return std
+
+
+class BatchingSpec(Spec):
+    """How calls join into batches, and how many may wait.
+
+    Attributes:
+        max_batch_size: most images in one forward pass.
+        max_delay_ms: how long the oldest waiting image may be held back to fill a batch while the device is idle.
+        max_queued_jobs: most images that wait; one more gets RESOURCE_EXHAUSTED.
+        max_queued_bytes: most bytes of preprocessed pixels that wait.
+    """
+
+    max_batch_size: Positive = 8
+    max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    max_queued_jobs: Positive = 256
+    max_queued_bytes: Positive = 512 * 1024 * 1024
+
+
+class WeightsSpec(Spec):
+    """Where parameters lie and how to know they are the right ones.
+
+    Attributes:
+        file: a path, or the name of a file next to the manifest.
+        sha256: of that file, lower-case hex.
+        licence: SPDX where there is one.
+        source: where it came from.
+    """
+
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    licence: str
+    source: str
+
+
+class ModelSpec(Spec):
+    """A model that can be served: a task, a backend, weights and everything they need.
+
+    Attributes:
+        name: what requests say.
+        version: several versions of a name may be served side by side.
+        task: what it does.
+        backend: name of the adapter, in the table or from an entry point.
+        options: the backend's own settings; unknown ones are refused by the backend.
+        classes: class names, the index is the id.
+        background_id: for ``segment``: the class that means "nothing".
+        preprocess: how images are prepared; belongs to the weights.
+        params: defaults for what a call may choose.
+        batching: how calls join into batches.
+        weights: parameters; ``None`` leaves the network as it was initialised (tests).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` is fp32 on a CPU and fp16 on a GPU.
+    """
+
+    name: str
+    version: str = "1"
+    task: Task
+    backend: str
+    options: dict[str, Any] = {}
+    classes: tuple[str, ...] = ()
+    background_id: int | None = None
+    preprocess: PreprocessSpec
+    params: Params = Params()
+    batching: BatchingSpec = BatchingSpec()
+    weights: WeightsSpec | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["auto", "fp32", "fp16"] = "auto"
+
+    @field_validator("name", "version")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        # Names become parts of paths and of metric labels.
+        if not NAME.fullmatch(value):
+            raise ValueError(f"need a letter or digit, then up to 99 letters, digits, '.', '_' or '-', got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _classes_fit_task(self) -> ModelSpec:
+        if self.task is not Task.TRANSLATE and not self.classes:
+            raise ValueError(f"a {self.task} model needs its class names")
+        if self.task is Task.SEGMENT and len(self.classes) > VOID:
+            raise ValueError(f"a segment model has at most {VOID} classes, got {len(self.classes)}")
+        if self.background_id is not None and not 0 <= self.background_id < len(self.classes):
+            raise ValueError(f"background_id {self.background_id} is not among the {len(self.classes)} classes")
+        return self

@@ -1,0 +1,1 @@
+"""Batcher, host, catalog and pipeline."""

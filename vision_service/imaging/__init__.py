@@ -1,0 +1,1 @@
+"""Pixels on the CPU: decode, preprocess and its inverse, masks, drawing."""

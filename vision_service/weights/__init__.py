@@ -1,0 +1,1 @@
+"""Which models are known, where their parameters lie, and how to load them safely."""
