@@ -1,0 +1,47 @@
+# One spelling per command, for people and CI alike. Each target works as the first command on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip, such as an index of CPU-only builds of torch.
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format protos fidelity clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED) ## Create .venv and install the project with its development tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vision-service needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,fidelity]'
+	@touch $@
+
+demo: install ## Start a server, send samples/ through every task, write annotated pictures to demo-output/
+	$(BIN)/python scripts/demo.py --output demo-output
+
+test: install ## Lint, type-check and run the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lint: install ## Lint and type-check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: install ## Generate vision_service/api from protos/
+	$(BIN)/python scripts/generate_protos.py
+
+fidelity: install ## Compare with the reference implementations on ../shared/data and write docs/fidelity.md
+	$(BIN)/python scripts/fidelity.py
+
+clean: ## Remove .venv and everything generated
+	rm -rf $(VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

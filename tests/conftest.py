@@ -1,0 +1,35 @@
+"""Shared fixtures. A test's mark comes from its folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import PLUGINS, ROOT
+
+SHARED = ROOT.parent / "shared"
+
+sys.path.insert(0, str(PLUGINS))  # as if the third party's package were installed
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in {"unit", "contract", "e2e", "gpu"}:
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def samples() -> dict[str, bytes]:
+    """The photos that ship with the project, by name."""
+    return {path.stem: path.read_bytes() for path in sorted((ROOT / "samples").glob("*.jpg"))}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data that is not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the evaluation data in ../shared, which is not part of the project")
+    return SHARED

@@ -1,0 +1,76 @@
+"""Tiny models and real servers for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGINS = ROOT / "tests" / "plugins"
+
+
+def tiny_spec(**fields):
+    """A model of the tiny third-party backend; see plugins/tiny_backend.py."""
+    from vision_service.config import ModelSpec
+
+    base = {
+        "name": "tiny",
+        "task": "classify",
+        "backend": "tiny",
+        "classes": tuple(f"red {i}" for i in range(256)),
+        "preprocess": {"resize": {"mode": "stretch", "size_hw": (8, 8)}},
+        "device": "cpu",
+    }
+    return ModelSpec.model_validate(base | fields)
+
+
+def red_image(red: int, height: int = 16, width: int = 24) -> np.ndarray:
+    """uint8 [H, W, 3] of one colour, which the tiny network recognises."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = red
+    return image
+
+
+@contextmanager
+def run_server(settings, prepare: Callable | None = None) -> Iterator:
+    """A real server on a free port, on a thread with an event loop of its own."""
+    from vision_service.server.app import VisionServer
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="test-server", daemon=True)
+    thread.start()
+
+    async def make():
+        server = VisionServer(settings)
+        if prepare is not None:
+            prepare(server)
+        await server.start()
+        return server
+
+    server = asyncio.run_coroutine_threadsafe(make(), loop).result(120)
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def tiny_manifest(folder: Path, **models: str) -> Path:
+    """A manifest of tiny models: name -> more TOML lines for its table."""
+    classes = "\n".join(f"red {i}" for i in range(256))
+    (folder / "reds.txt").write_text(classes + "\n")
+    tables = [
+        f'[[model]]\nname = "{name}"\ntask = "classify"\nbackend = "tiny"\nclasses = "reds.txt"\ndevice = "cpu"\n'
+        f'preprocess.resize = {{mode = "stretch", size_hw = [8, 8]}}\n{more}\n'
+        for name, more in models.items()
+    ]
+    manifest = folder / "manifest.toml"
+    manifest.write_text("\n".join(tables))
+    return manifest

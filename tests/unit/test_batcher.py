@@ -1,0 +1,293 @@
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, wait
+
+import pytest
+
+from vision_service.engine.batcher import Batcher
+from vision_service.engine.queue import BatchLimits
+from vision_service.errors import DeadlineExceeded, DeviceOutOfMemory, InferenceFailed, ModelUnavailable, QueueFull
+
+
+class Executor:
+    """Doubles numbers, remembers its batches, and waits at a gate when told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def __call__(self, payloads: Sequence[int]) -> list[int]:
+        self.batches.append(list(payloads))
+        self.entered.set()
+        assert self.gate.wait(10)
+        return [2 * x for x in payloads]
+
+    @property
+    def seen(self) -> list[int]:
+        return [x for batch in self.batches for x in batch]
+
+
+@pytest.fixture
+def executor():
+    return Executor()
+
+
+@pytest.fixture
+def make(executor):
+    made = []
+
+    def make(execute=None, **limits):
+        expected = limits.pop("expected", ())
+        batcher = Batcher(execute or executor, BatchLimits(**limits), name="model m:1", expected=expected)
+        made.append(batcher)
+        return batcher
+
+    yield make
+    executor.gate.set()
+    for batcher in made:
+        batcher.close(5)
+
+
+def occupy(batcher, executor):
+    """Hold the executor in a first batch, so that a queue can form."""
+    executor.gate.clear()
+    executor.entered.clear()
+    first = batcher.submit(0)
+    assert executor.entered.wait(5)
+    return first
+
+
+def test_idle_executor_runs_a_single_job_at_once(make, executor):
+    ride = make(max_batch_size=8).submit(21).result(5)
+    assert (ride.value, ride.batch_size) == (42, 1)
+    assert ride.queue_s < 1
+
+
+def test_busy_executor_lets_a_batch_form_up_to_its_limit(make, executor):
+    batcher = make(max_batch_size=4)
+    first = occupy(batcher, executor)
+    futures = [batcher.submit(i) for i in range(1, 7)]
+    executor.gate.set()
+    assert [f.result(5).value for f in [first, *futures]] == [0, 2, 4, 6, 8, 10, 12]
+    assert executor.batches == [[0], [1, 2, 3, 4], [5, 6]]
+    assert [f.result().batch_size for f in futures] == [4, 4, 4, 4, 2, 2]
+
+
+def test_jobs_of_different_keys_never_share_a_batch_and_the_oldest_goes_first(make, executor):
+    batcher = make(max_batch_size=8)
+    occupy(batcher, executor)
+    futures = [batcher.submit(i, key=key) for i, key in enumerate("abab", start=1)]
+    executor.gate.set()
+    wait(futures, 5)
+    assert executor.batches == [[0], [1, 3], [2, 4]]
+
+
+def test_delay_counts_from_the_oldest_job_and_a_full_batch_does_not_wait(make, executor):
+    batcher = make(max_batch_size=3, max_delay_s=0.3)
+    started = time.monotonic()
+    futures = [batcher.submit(i) for i in range(3)]
+    wait(futures, 5)
+    assert executor.batches == [[0, 1, 2]]
+    assert time.monotonic() - started < 0.25
+
+    started = time.monotonic()
+    late = [batcher.submit(3)]
+    time.sleep(0.15)
+    late.append(batcher.submit(4))
+    wait(late, 5)
+    assert executor.batches[1:] == [[3, 4]]
+    assert 0.29 < time.monotonic() - started < 0.43  # from the oldest: a second job does not prolong it
+
+
+def test_queue_is_bounded_by_jobs_and_says_when_to_come_back(make, executor):
+    batcher = make(max_batch_size=1, max_queued_jobs=2)
+    occupy(batcher, executor)
+    batcher.submit(1)
+    batcher.submit(2)
+    with pytest.raises(QueueFull, match="2 calls are waiting and the limit is 2") as caught:
+        batcher.submit(3)
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(QueueFull):
+        batcher.check_room()
+    executor.gate.set()
+
+
+def test_queue_is_bounded_by_bytes_but_always_takes_one(make, executor):
+    batcher = make(max_batch_size=1, max_queued_bytes=100)
+    occupy(batcher, executor)
+    large = batcher.submit(1, nbytes=1000)
+    with pytest.raises(QueueFull, match="1000 bytes are waiting and the limit is 100"):
+        batcher.submit(2, nbytes=1)
+    executor.gate.set()
+    assert large.result(5).value == 2
+    assert batcher.submit(2, nbytes=1).result(5).value == 4  # the bytes were given back
+
+
+def test_expired_job_leaves_by_timer_while_the_executor_is_busy(make, executor):
+    batcher = make()
+    first = occupy(batcher, executor)
+    doomed = batcher.submit(13, deadline_s=time.monotonic() + 0.05)
+    sooner = batcher.submit(14, deadline_s=time.monotonic() + 0.01)
+    patient = batcher.submit(15, deadline_s=time.monotonic() + 60)
+    with pytest.raises(DeadlineExceeded):
+        sooner.result(2)
+    with pytest.raises(DeadlineExceeded):
+        doomed.result(2)
+    assert not first.done()
+    assert batcher.queued_jobs == 1
+    executor.gate.set()
+    assert patient.result(5).value == 30
+    assert executor.seen == [0, 15]
+
+
+def test_deadline_in_the_past_is_refused_at_once(make, executor):
+    with pytest.raises(DeadlineExceeded):
+        make().submit(1, deadline_s=time.monotonic() - 1)
+    assert executor.seen == []
+
+
+def test_cancelled_job_gives_its_place_back_and_never_runs(make, executor):
+    batcher = make(max_batch_size=1, max_queued_jobs=1)
+    occupy(batcher, executor)
+    cancelled = batcher.submit(1)
+    assert cancelled.cancel()
+    kept = batcher.submit(2)  # there is room again
+    executor.gate.set()
+    assert kept.result(5).value == 4
+    with pytest.raises(CancelledError):
+        cancelled.result(0)
+    assert executor.seen == [0, 2]
+
+
+def test_halving_finds_the_job_at_fault_and_answers_its_mates(make, executor):
+    calls = []
+
+    def execute(payloads):
+        calls.append(list(payloads))
+        if payloads == [0]:
+            return executor(payloads)
+        if 13 in payloads:
+            raise ValueError("unlucky")
+        return [2 * x for x in payloads]
+
+    batcher = make(execute, max_batch_size=8)
+    occupy(batcher, executor)
+    futures = {i: batcher.submit(i) for i in (10, 11, 12, 13, 14, 15)}
+    executor.gate.set()
+    for i, future in futures.items():
+        if i == 13:
+            with pytest.raises(InferenceFailed, match="model m:1 failed on this image") as caught:
+                future.result(5)
+            assert "unlucky" not in str(caught.value)  # callers do not get the inside of the house
+            assert isinstance(caught.value.__cause__, ValueError)
+        else:
+            assert future.result(5).value == 2 * i
+    assert calls[1:] == [[10, 11, 12, 13, 14, 15], [10, 11, 12], [13, 14, 15], [13], [14, 15]]
+
+
+def test_out_of_memory_halves_until_it_fits_and_fails_only_what_cannot(make, executor):
+    def execute(payloads):
+        if payloads == [0]:
+            return executor(payloads)
+        if sum(payloads) > 10:
+            raise DeviceOutOfMemory("does not fit")
+        return [2 * x for x in payloads]
+
+    batcher = make(execute, max_batch_size=8, expected=(DeviceOutOfMemory,))
+    occupy(batcher, executor)
+    futures = {i: batcher.submit(i) for i in (4, 5, 6, 99)}
+    executor.gate.set()
+    assert [futures[i].result(5).value for i in (4, 5, 6)] == [8, 10, 12]
+    assert futures[4].result().batch_size == 2
+    with pytest.raises(DeviceOutOfMemory):
+        futures[99].result(5)
+
+
+def test_the_thread_outlives_whatever_the_executor_raises(make):
+    def execute(payloads):
+        if payloads[0] == 1:
+            raise SystemExit("a library called exit")
+        return list(payloads)
+
+    batcher = make(execute)
+    with pytest.raises(InferenceFailed, match="SystemExit"):
+        batcher.submit(1).result(5)
+    assert batcher.submit(2).result(5).value == 2
+
+
+def test_wrong_number_of_answers_is_a_failure(make):
+    with pytest.raises(InferenceFailed, match="returned 2 answers for 1 images"):
+        make(lambda payloads: [1, 2]).submit(1).result(5)
+
+
+def test_deadline_is_checked_again_before_a_half_runs(make, executor):
+    seen = []
+
+    def execute(payloads):
+        if payloads == [0]:
+            return executor(payloads)
+        seen.append(list(payloads))
+        if len(payloads) > 1:
+            time.sleep(0.15)
+            raise ValueError("again, smaller")
+        return [2 * x for x in payloads]
+
+    batcher = make(execute)
+    occupy(batcher, executor)
+    patient = batcher.submit(1)
+    doomed = batcher.submit(2, deadline_s=time.monotonic() + 0.1)
+    executor.gate.set()
+    assert patient.result(5).value == 2
+    with pytest.raises(DeadlineExceeded):
+        doomed.result(5)
+    assert seen == [[1, 2], [1]]
+
+
+def test_close_runs_what_is_queued_and_refuses_the_rest(make, executor):
+    batcher = make(max_batch_size=2, max_delay_s=60)
+    futures = [batcher.submit(i) for i in range(3)]
+    assert batcher.close(5)
+    assert [f.result(0).value for f in futures] == [0, 2, 4]
+    with pytest.raises(ModelUnavailable):
+        batcher.submit(9)
+
+
+def test_close_in_a_hurry_fails_what_still_waits(make, executor):
+    batcher = make(max_batch_size=1)
+    first = occupy(batcher, executor)
+    late = batcher.submit(1)
+    assert not batcher.close(0.05)
+    with pytest.raises(ModelUnavailable):
+        late.result(1)
+    executor.gate.set()
+    assert first.result(5).value == 0
+
+
+def test_threads_end_with_the_batcher(make):
+    before = threading.active_count()
+    batchers = [make() for _ in range(5)]
+    assert threading.active_count() == before + 10
+    for batcher in batchers:
+        batcher.submit(1).result(5)
+        batcher.close(5)
+    assert threading.active_count() == before
+
+
+def test_many_threads_get_their_own_answers(make):
+    batcher = make(lambda payloads: [3 * x for x in payloads], max_batch_size=16, max_queued_jobs=10_000)
+    answers = {}
+
+    def client(base):
+        for i in range(base, base + 300):
+            answers[i] = batcher.submit(i, key=i % 3).result(10).value
+
+    threads = [threading.Thread(target=client, args=(1000 * n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(answers) == 2400
+    assert all(answer == 3 * i for i, answer in answers.items())

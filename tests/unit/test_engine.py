@@ -1,0 +1,340 @@
+"""Host, catalog and pipeline, on a tiny network that a third-party package brings."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import cv2
+import numpy as np
+import pytest
+from tiny_backend import BATCHES, SEEN
+
+from tests.helpers import red_image, tiny_spec
+from vision_service.engine.catalog import Catalog, version_key
+from vision_service.engine.pipeline import Pipeline
+from vision_service.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidImage,
+    InvalidInput,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+)
+from vision_service.imaging.source import RawPixels
+from vision_service.model_info import ModelState
+from vision_service.types import ParamOverrides, Task
+
+CLASSIFY = {"task": Task.CLASSIFY}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    SEEN.clear()
+    BATCHES.clear()
+
+
+@pytest.fixture
+def pipeline():
+    pipelines = []
+
+    def make(*specs, **kwargs):
+        made = Pipeline(Catalog(), **({"decode_workers": 2} | kwargs))
+        pipelines.append(made)
+        for spec in specs or (tiny_spec(),):
+            made.catalog.load(spec)
+        SEEN.clear()
+        BATCHES.clear()  # of the warm-up
+        return made
+
+    yield make
+    for made in pipelines:
+        made.close(5)
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return tmp_path / "gate"
+
+
+def gated(pipeline, gate, **spec):
+    """A pipeline whose model is busy with one image until the gate file exists."""
+    gate.touch()  # for the warm-up
+    made = pipeline(tiny_spec(options={"gate": str(gate)}, **spec))
+    gate.unlink()
+    first = made.submit(red_image(1), **CLASSIFY)
+    while not SEEN[1]:
+        time.sleep(0.005)
+    return made, first
+
+
+def test_every_kind_of_input_gives_the_same_answer(pipeline, tmp_path):
+    image = red_image(77)
+    png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    (tmp_path / "a.png").write_bytes(png)
+    bgr = RawPixels(image[..., ::-1].tobytes(), 16, 24, 3, "bgr")
+    made = pipeline()
+    for source in (image, png, tmp_path / "a.png", str(tmp_path / "a.png"), bgr):
+        result = made.predict(source, **CLASSIFY)
+        assert result.prediction.class_names == ("red 77",)
+        assert result.original_hw == (16, 24)
+        assert (result.model_name, result.model_version) == ("tiny", "1")
+
+
+def test_timings_are_measured_per_stage(pipeline):
+    timings = pipeline(tiny_spec(options={"sleep_s": 0.02})).predict(red_image(5), **CLASSIFY).timings
+    assert timings.forward_ms >= 20
+    assert timings.batch_size == 1
+    assert 0 < timings.preprocess_ms < 1000
+    assert 0 <= timings.queue_ms < 1000
+    assert 0 < timings.postprocess_ms < 1000
+
+
+def test_warm_up_runs_each_batch_size_before_the_model_is_ready():
+    Catalog().load(tiny_spec(batching={"max_batch_size": 6})).close(5)
+    assert BATCHES == [1, 2, 4, 6]
+
+
+def test_answers_do_not_cross_between_threads(pipeline):
+    made = pipeline(tiny_spec(batching={"max_batch_size": 16}))
+    wrong = {}
+
+    def client(start):
+        for red in range(start, 256, 8):
+            names = made.predict(red_image(red, 10 + red % 7, 12 + red % 5), **CLASSIFY).prediction.class_names
+            if names != (f"red {red}",):
+                wrong[red] = names
+
+    threads = [threading.Thread(target=client, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == {}
+    assert sum(SEEN.values()) == 256
+
+
+def test_a_bad_image_fails_alone_and_before_the_queue(pipeline, gate):
+    made, first = gated(pipeline, gate)
+    futures = [made.submit(image, **CLASSIFY) for image in (red_image(2), b"not an image", red_image(3))]
+    with pytest.raises(InvalidImage):
+        futures[1].result(5)  # while its neighbours still wait
+    assert not futures[0].done()
+    gate.touch()
+    assert [f.result(5).prediction.class_names for f in (first, futures[0], futures[2])] == [
+        ("red 1",),
+        ("red 2",),
+        ("red 3",),
+    ]
+
+
+def test_missing_file_is_named(pipeline, tmp_path):
+    with pytest.raises(InvalidImage, match=r"nowhere\.jpg cannot be read: No such file"):
+        pipeline().predict(tmp_path / "nowhere.jpg", **CLASSIFY)
+
+
+def test_the_image_that_breaks_the_network_is_found_and_its_mates_are_answered(pipeline, gate):
+    gate.touch()
+    made = pipeline(tiny_spec(options={"gate": str(gate), "fail_red": 13, "nan_red": 14}))
+    gate.unlink()
+    futures = {red: made.submit(red_image(red), **CLASSIFY) for red in (11, 12, 13, 14, 15)}
+    time.sleep(0.1)
+    gate.touch()
+    for red, future in futures.items():
+        if red in (13, 14):
+            with pytest.raises(InferenceFailed, match="failed on this image"):
+                future.result(5)
+        else:
+            assert future.result(5).prediction.class_names == (f"red {red}",)
+
+
+def test_a_backend_that_loses_an_image_is_caught_at_load():
+    catalog = Catalog()
+    with pytest.raises(InferenceFailed, match="made 0 predictions of 1 images"):
+        catalog.load(tiny_spec(options={"lose_one": True}))
+    assert catalog.find("tiny").state is ModelState.FAILED
+
+
+def test_deadline_passes_in_the_queue_and_the_network_never_sees_the_image(pipeline, gate):
+    made, first = gated(pipeline, gate)
+    doomed = made.submit(red_image(66), timeout_s=0.05, **CLASSIFY)
+    with pytest.raises(DeadlineExceeded):
+        doomed.result(5)
+    gate.touch()
+    first.result(5)
+    assert made.predict(red_image(2), **CLASSIFY).prediction.class_names == ("red 2",)
+    assert SEEN == {1: 1, 2: 1}
+
+
+def test_cancelled_call_never_reaches_the_network_and_its_place_is_free(pipeline, gate):
+    made, first = gated(pipeline, gate, batching={"max_queued_jobs": 1})
+    cancelled = made.submit(red_image(66), **CLASSIFY)
+    while made.catalog.find("tiny").info(is_default=True).queued_jobs == 0:
+        time.sleep(0.005)
+    with pytest.raises(QueueFull):
+        made.submit(red_image(67), **CLASSIFY)
+    assert cancelled.cancel()
+    kept = made.submit(red_image(2), **CLASSIFY)
+    gate.touch()
+    first.result(5)
+    assert kept.result(5).prediction.class_names == ("red 2",)
+    with pytest.raises(CancelledError):
+        cancelled.result(0)
+    assert SEEN[66] == SEEN[67] == 0
+
+
+def test_what_may_be_decoding_is_bounded(pipeline):
+    blocked = threading.Event()
+    made = pipeline(decode_workers=1, max_decoding_jobs=2)
+    made.pool.submit(blocked.wait, 10)
+    futures = [made.submit(red_image(i), **CLASSIFY) for i in (1, 2)]
+    with pytest.raises(QueueFull, match="wait to be decoded"):
+        made.submit(red_image(3), **CLASSIFY)
+    blocked.set()
+    assert [f.result(5).prediction.class_names for f in futures] == [("red 1",), ("red 2",)]
+    assert made.predict(red_image(3), **CLASSIFY).prediction.class_names == ("red 3",)
+
+
+def test_what_may_be_decoding_is_bounded_in_bytes_too(pipeline):
+    blocked = threading.Event()
+    made = pipeline(decode_workers=1, max_decoding_bytes=2000)
+    made.pool.submit(blocked.wait, 10)
+    first = made.submit(red_image(1), **CLASSIFY)  # 1152 bytes
+    with pytest.raises(QueueFull, match="1152 bytes wait to be decoded"):
+        made.submit(red_image(2), **CLASSIFY)
+    blocked.set()
+    first.result(5)
+
+
+def test_predict_many_keeps_order_bounds_its_window_and_yields_errors(pipeline):
+    made = pipeline(tiny_spec(batching={"max_batch_size": 2}))
+    taken = []
+
+    def images():
+        for red in range(40):
+            taken.append(red)
+            yield b"broken" if red == 7 else red_image(red)
+
+    outcomes = made.predict_many(images(), **CLASSIFY)
+    first = next(outcomes)
+    assert first.prediction.class_names == ("red 0",)
+    assert len(taken) <= 10  # 4 batches of 2, and not the whole folder
+    rest = list(outcomes)
+    assert isinstance(rest[6], InvalidImage)
+    names = [None if isinstance(r, InvalidImage) else r.prediction.class_names[0] for r in (first, *rest)]
+    assert names == [None if red == 7 else f"red {red}" for red in range(40)]
+
+
+def test_predict_many_of_nothing(pipeline):
+    assert list(pipeline().predict_many([], **CLASSIFY)) == []
+
+
+def test_params_are_checked_against_the_model(pipeline):
+    made = pipeline()
+    with pytest.raises(InvalidInput, match=r"no class 'red 25x'; did you mean 'red 25"):
+        made.predict(red_image(1), overrides=ParamOverrides(classes=("red 25x",)), **CLASSIFY)
+    with pytest.raises(InvalidInput, match="class ids 0 to 255, got 256"):
+        made.predict(red_image(1), overrides=ParamOverrides(classes=(256,)), **CLASSIFY)
+    with pytest.raises(InvalidInput, match="score_threshold: must be a number from 0 to 1, got nan"):
+        made.predict(red_image(1), overrides=ParamOverrides(score_threshold=float("nan")), **CLASSIFY)
+    made.predict(red_image(1), **CLASSIFY)
+    assert made.close(1)  # refused calls left nothing behind that a drain would wait for
+
+
+def test_unknown_model_version_and_wrong_task(pipeline):
+    made = pipeline()
+    with pytest.raises(ModelNotFound, match=r"there is no model 'tinny'; did you mean 'tiny'\?"):
+        made.submit(red_image(1), model="tinny", **CLASSIFY)
+    with pytest.raises(ModelNotFound, match="model 'tiny' has no version '9'; there are: '1'"):
+        made.submit(red_image(1), model="tiny", version="9", **CLASSIFY)
+    with pytest.raises(InvalidInput, match="model: 'tiny' is a classify model; detect has none"):
+        made.submit(red_image(1), task=Task.DETECT, model="tiny")
+    with pytest.raises(ModelNotFound, match="no model is served for detect"):
+        made.submit(red_image(1), task=Task.DETECT)
+
+
+def test_a_failed_model_keeps_its_reason_and_refuses_calls():
+    catalog = Catalog()
+    with pytest.raises(ConfigError, match="could not be loaded: RuntimeError: told to fail"):
+        catalog.load(tiny_spec(options={"refuse_to_build": True}))
+    host = catalog.find("tiny")
+    assert host.info(is_default=True).state_reason == "RuntimeError: told to fail"
+    assert not catalog.ready(Task.CLASSIFY)
+    with pytest.raises(ModelUnavailable, match=r"tiny:1 is failed \(RuntimeError: told to fail\)"):
+        Pipeline(catalog, decode_workers=1).submit(red_image(1), **CLASSIFY)
+
+
+def test_versions_order_by_number_and_the_newest_answers(pipeline):
+    assert sorted(["10", "9", "2.1", "2", "b", "2-rc"], key=version_key) == ["b", "2", "2-rc", "2.1", "9", "10"]
+    made = pipeline(tiny_spec(version="9"), tiny_spec(version="10"))
+    assert made.predict(red_image(1), **CLASSIFY).model_version == "10"
+    assert made.predict(red_image(1), version="9", **CLASSIFY).model_version == "9"
+    made.catalog.unload("tiny", "10")
+    assert made.predict(red_image(1), **CLASSIFY).model_version == "9"
+
+
+def test_defaults_choose_the_model_of_a_task():
+    with Pipeline(Catalog({Task.CLASSIFY: "b"}), decode_workers=1) as made:
+        made.catalog.load(tiny_spec(name="a"))
+        made.catalog.load(tiny_spec(name="b"))
+        assert made.predict(red_image(1), **CLASSIFY).model_name == "b"
+        assert [made.catalog.info(host).is_default for host in made.catalog.hosts()] == [False, True]
+
+
+def test_swap_under_load_answers_every_call(pipeline):
+    made = pipeline(tiny_spec(options={"sleep_s": 0.002}))
+    old = made.catalog.find("tiny")
+    answered, stop = [], threading.Event()
+
+    def client():
+        while not stop.is_set():
+            answered.append(made.predict(red_image(3), **CLASSIFY).prediction.class_names)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        made.catalog.load(tiny_spec(options={"sleep_s": 0.001}))
+    before = len(answered)
+    time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert made.catalog.find("tiny") is not old
+    assert len(answered) > before > 0  # a client whose call failed would have ended
+    assert set(answered) == {("red 3",)}
+
+
+def test_a_swap_that_fails_leaves_the_old_model_serving(pipeline):
+    made = pipeline()
+    with pytest.raises(ConfigError):
+        made.catalog.load(tiny_spec(options={"refuse_to_build": True}))
+    assert made.predict(red_image(4), **CLASSIFY).prediction.class_names == ("red 4",)
+
+
+def test_one_name_serves_one_task(pipeline):
+    made = pipeline()
+    other = tiny_spec(task="translate", backend="tiny_translate", version="2")
+    with pytest.raises(ConfigError, match="registered for classify"):
+        made.catalog.load(other)
+
+
+def test_close_answers_what_is_under_way(pipeline):
+    made = pipeline(tiny_spec(options={"sleep_s": 0.02}, batching={"max_batch_size": 2}))
+    futures = [made.submit(red_image(i), **CLASSIFY) for i in range(12)]
+    assert made.close(10)
+    assert [f.result(0).prediction.class_names for f in futures] == [(f"red {i}",) for i in range(12)]
+    with pytest.raises(ModelUnavailable):
+        made.submit(red_image(1), **CLASSIFY)
+
+
+def test_any_size_models_batch_by_shape(pipeline):
+    spec = tiny_spec(
+        name="any", task="translate", backend="tiny_translate", classes=(), preprocess={"resize": {"mode": "native"}}
+    )
+    made = pipeline(spec)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (20 + i % 3, 30, 3), np.uint8) for i in range(12)]
+    for image, result in zip(images, made.predict_many(images, task=Task.TRANSLATE), strict=True):
+        np.testing.assert_array_equal(result.prediction.image, image)

@@ -1,0 +1,80 @@
+"""Options that several commands share, and the choices that they make."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vision_service.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from vision_service.types import ParamOverrides, Task
+
+TaskWord = Literal["classify", "detect", "segment", "translate"]
+
+Images = Annotated[
+    list[Path], typer.Argument(help="Image files, and folders that are searched for images.", exists=True)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Folder for annotated pictures, results.jsonl and failures.jsonl.", file_okay=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per image on stdout.")]
+TopK = Annotated[int | None, typer.Option(help="classify: at most so many classes.")]
+ScoreThreshold = Annotated[float | None, typer.Option(help="Lowest score, 0 to 1.")]
+IouThreshold = Annotated[float | None, typer.Option(help="detect: largest overlap of two boxes of a class, 0 to 1.")]
+MaxDetections = Annotated[int | None, typer.Option(help="detect: at most so many boxes.")]
+Classes = Annotated[
+    list[str] | None, typer.Option("--class", help="Class to keep, by name or by id; repeat for several.")
+]
+
+TAKES: dict[str, tuple[str, ...]] = {
+    "classify": ("top_k", "score_threshold", "classes"),
+    "detect": ("score_threshold", "iou_threshold", "max_detections", "classes"),
+    "segment": ("score_threshold", "classes"),
+    "translate": (),
+}
+"""Which choices have an effect on which task."""
+
+
+def read_overrides(
+    tasks: list[Task],
+    *,
+    top_k: int | None,
+    score_threshold: float | None,
+    iou_threshold: float | None,
+    max_detections: int | None,
+    classes: list[str] | None,
+) -> ParamOverrides:
+    """What the options choose.
+
+    Args:
+        tasks: what will be done.
+        top_k: see `Params`.
+        score_threshold: see `Params`.
+        iou_threshold: see `Params`.
+        max_detections: see `Params`.
+        classes: names, and ids as text.
+
+    Raises:
+        InvalidInput: an option that has no effect on any of the tasks, or out of its range.
+    """
+    from vision_service.types import ParamOverrides, Params
+
+    kept = tuple(int(item) if item.isdecimal() else item for item in classes or ()) or None
+    overrides = ParamOverrides(top_k, score_threshold, iou_threshold, max_detections, kept)
+    for name in chosen(overrides):
+        if not any(name in TAKES[task] for task in tasks):
+            takers = " and ".join(task for task, names in TAKES.items() if name in names)
+            raise InvalidInput(name, f"has no effect on {' and '.join(tasks)}, only on {takers}")
+    Params(**{name: value for name, value in chosen(overrides).items() if name != "classes"})
+    return overrides
+
+
+def chosen(overrides: ParamOverrides) -> dict[str, Any]:
+    """The values that are set."""
+    values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
+    return {name: value for name, value in values.items() if value is not None}

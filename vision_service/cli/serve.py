@@ -1,0 +1,61 @@
+"""`vision-service serve`: the gRPC server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vision_service.config.settings import ServerSettings
+    from vision_service.server.app import VisionServer
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="Settings file (TOML).", dir_okay=False)] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model to serve; repeat for several.")] = None,
+    manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of further models; repeatable.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+) -> None:
+    """Serve models over gRPC until SIGTERM or Ctrl-C, then drain.
+
+    Flags win over the environment (VISION_SERVICE_PORT=...), that over the file. Ready when "ready on" is printed.
+    """
+    import asyncio
+
+    from vision_service.config.settings import ServerSettings
+    from vision_service.server.app import serve as run
+    from vision_service.server.logs import set_up_logs
+
+    flags: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "models": tuple(model) if model else None,
+        "manifests": tuple(manifest) if manifest else None,
+        "device": device,
+        "log_level": log_level.upper() if log_level else None,
+        "log_format": log_format,
+    }
+    settings = ServerSettings.read(config, **{name: value for name, value in flags.items() if value is not None})
+    set_up_logs(settings.log_level, settings.log_format)
+    _print_settings(settings)
+    raise typer.Exit(asyncio.run(run(settings, on_ready=_print_ready)))
+
+
+def _print_settings(settings: ServerSettings) -> None:
+    typer.echo("effective settings:")
+    for name, value in settings.model_dump(mode="json").items():
+        typer.echo(f"  {name} = {value}")
+
+
+def _print_ready(server: VisionServer) -> None:
+    names = ", ".join(host.label for host in server.pipeline.catalog.hosts())
+    typer.echo(f"ready on {server.settings.host}:{server.port} with {names}")
+    import sys
+
+    sys.stdout.flush()

@@ -1,0 +1,182 @@
+"""A channel with retries, waiting and not waiting. The two classes differ in their ``await``s only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vision_service.api.v1 import vision_pb2_grpc
+from vision_service.client.failures import failure_of, request_id_in, to_error
+from vision_service.client.replies import read_reply
+from vision_service.client.retry import Attempts, RetryPolicy
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest request or reply. gRPC's own limit of 4 MiB is less than one raw photo."""
+
+_NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a server is called.
+
+    Attributes:
+        address: ``host:port``.
+        timeout_s: for a whole call, all attempts and pauses included, seconds.
+        policy: when to try again.
+        max_message_bytes: largest request or reply.
+        credentials: ``grpc.ChannelCredentials`` for TLS; ``None`` speaks plain text.
+        metadata: sent with every call.
+    """
+
+    address: str
+    timeout_s: float
+    policy: RetryPolicy
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    credentials: Any = None
+    metadata: Sequence[tuple[str, str]] = ()
+
+    def open(self, library: Any) -> Any:
+        """A channel.
+
+        Args:
+            library: ``grpc`` or ``grpc.aio``.
+        """
+        options = [
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            # gRPC would wait up to two minutes between attempts to connect: a server that comes up is seen sooner.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        if self.credentials is None:
+            return library.insecure_channel(self.address, options)
+        return library.secure_channel(self.address, self.credentials, options)
+
+    def attempts(self, timeout_s: float | None) -> Attempts:
+        """The attempts of one call; ``None`` takes these settings' own timeout."""
+        return Attempts(self.policy, self.timeout_s if timeout_s is None else timeout_s)
+
+
+class Transport:
+    """Calls methods and waits for the answers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._channel = settings.open(grpc)
+        self._methods = _methods_of(self._channel)
+
+    def call(self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None) -> T:
+        """Build a request, send it, again where that helps, and read the reply.
+
+        Args:
+            method: its name.
+            build: makes the request.
+            read: takes the reply and the request id.
+            timeout_s: for all of it; ``None``: the settings'.
+
+        Raises:
+            VisionError: as the server raised it.
+        """
+        attempts = self._settings.attempts(timeout_s)
+        request = build()
+        while True:
+            try:
+                response, rpc = self._methods[method].with_call(
+                    request, timeout=attempts.start(), metadata=self._settings.metadata
+                )
+            except grpc.RpcError as error:
+                failure = failure_of(error)
+                pause_s = attempts.pause_s(failure)
+                if pause_s is None:
+                    raise to_error(failure, self._settings.address, attempts.made) from error
+                time.sleep(pause_s)
+            else:
+                return read_reply(read, response, request_id_in(rpc.initial_metadata(), rpc.trailing_metadata()))
+
+    def health(self, service: str, timeout_s: float) -> bool:
+        """Ask once whether a service answers calls; False also when nobody answers."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = self._methods["Check"](request, timeout=timeout_s, metadata=self._settings.metadata)
+        except grpc.RpcError as error:
+            return _unhealthy(error, self._settings.address)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        """Calls under way fail."""
+        self._channel.close()
+
+
+class AsyncTransport:
+    """As `Transport`, on an event loop. Files are read and masks decoded in threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._channel = settings.open(grpc.aio)
+        self._methods = _methods_of(self._channel)
+
+    async def call(
+        self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None
+    ) -> T:
+        """See `Transport.call`."""
+        attempts = self._settings.attempts(timeout_s)
+        request = await asyncio.to_thread(build)
+        while True:
+            rpc = self._methods[method](request, timeout=attempts.start(), metadata=self._settings.metadata)
+            try:
+                response = await rpc
+            except grpc.RpcError as error:
+                failure = failure_of(error)
+                pause_s = attempts.pause_s(failure)
+                if pause_s is None:
+                    raise to_error(failure, self._settings.address, attempts.made) from error
+                await asyncio.sleep(pause_s)
+            else:
+                request_id = request_id_in(await rpc.initial_metadata(), await rpc.trailing_metadata())
+                return await asyncio.to_thread(read_reply, read, response, request_id)
+
+    async def health(self, service: str, timeout_s: float) -> bool:
+        """See `Transport.health`."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = await self._methods["Check"](request, timeout=timeout_s, metadata=self._settings.metadata)
+        except grpc.RpcError as error:
+            return _unhealthy(error, self._settings.address)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def close(self) -> None:
+        """Calls under way fail."""
+        await self._channel.close()
+
+
+def _methods_of(channel: Any) -> dict[str, Any]:
+    """The callables of a channel, by method name."""
+    vision = vision_pb2_grpc.VisionServiceStub(channel)
+    models = vision_pb2_grpc.ModelServiceStub(channel)
+    return {
+        "Classify": vision.Classify,
+        "Detect": vision.Detect,
+        "Segment": vision.Segment,
+        "Translate": vision.Translate,
+        "ListModels": models.ListModels,
+        "GetModel": models.GetModel,
+        "Check": health_pb2_grpc.HealthStub(channel).Check,
+    }
+
+
+def _unhealthy(error: grpc.RpcError, address: str) -> bool:
+    """False when the error means "not now"; raises when the question was wrong."""
+    failure = failure_of(error)
+    if failure.status in _NOT_NOW:
+        return False
+    raise to_error(failure, address) from error

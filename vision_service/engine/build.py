@@ -1,0 +1,119 @@
+"""From settings to a running pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vision_service.config import ModelSpec
+from vision_service.config.settings import EMBEDDED_MODELS, ServerSettings
+from vision_service.engine.catalog import Catalog
+from vision_service.engine.host import pick_device
+from vision_service.engine.pipeline import Pipeline
+from vision_service.engine.threads import ThreadBudget, usable_cores
+from vision_service.errors import ConfigError, choices
+from vision_service.imaging.decode import DecodeLimits
+from vision_service.weights.manifest import find_model
+
+
+def resolve_specs(settings: ServerSettings) -> list[ModelSpec]:
+    """The specs to serve: from the manifests, with the settings' replacements.
+
+    Raises:
+        ConfigError: a model is unknown, a replacement is for a model that is not served, or it does not fit.
+    """
+    for name in settings.model:
+        if name not in settings.models:
+            raise ConfigError(f"settings for model {name!r}, which is not served; {choices(name, settings.models)}")
+    for task, name in settings.default_models.items():
+        if name not in settings.models:
+            raise ConfigError(
+                f"default_models.{task} is {name!r}, which is not served; {choices(name, settings.models)}"
+            )
+    specs = []
+    for name in settings.models:
+        spec = replace_fields(find_model(name, settings.manifests), settings.model.get(name, {}))
+        if spec.device == "auto":
+            spec = replace_fields(spec, {"device": settings.device})
+        specs.append(spec)
+    for task, name in settings.default_models.items():
+        found = next(spec for spec in specs if spec.name == name)
+        if found.task is not task:
+            raise ConfigError(f"default_models.{task} is {name!r}, which is a {found.task} model")
+    return specs
+
+
+def replace_fields(spec: ModelSpec, replacements: Mapping[str, Any]) -> ModelSpec:
+    """A spec with some fields replaced, nested ones merged.
+
+    Raises:
+        ConfigError: a field does not exist or a value does not fit; names it.
+    """
+    if not replacements:
+        return spec
+    try:
+        return ModelSpec.model_validate(_merge(spec.model_dump(), replacements))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"the settings for model {spec.name!r} are wrong: {problems}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        # Another resize mode has other fields: it replaces the old one whole.
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("mode") in (None, old.get("mode")):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def build_pipeline(settings: ServerSettings, specs: Sequence[ModelSpec]) -> Pipeline:
+    """A pipeline with its threads planned and no model loaded yet.
+
+    Args:
+        settings: of the process.
+        specs: the models that will be loaded.
+    """
+    on_gpu = bool(specs) and all(pick_device(spec.device).type == "cuda" for spec in specs)
+    budget = ThreadBudget.plan(
+        usable_cores(),
+        on_gpu=on_gpu,
+        decode_workers=settings.decode_workers,
+        runtime_threads=settings.runtime_threads,
+    )
+    budget.apply()
+    return Pipeline(
+        Catalog(settings.default_models),
+        decode_workers=budget.decode_workers,
+        limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        max_decoding_jobs=settings.max_decoding_jobs,
+    )
+
+
+@contextmanager
+def local_pipeline(
+    models: Sequence[str] = EMBEDDED_MODELS, *, device: str = "auto", manifests: Sequence[Path] = ()
+) -> Iterator[Pipeline]:
+    """A pipeline in this process with models loaded; closed on the way out.
+
+    Args:
+        models: names in the manifests.
+        device: where models run whose spec says ``auto``.
+        manifests: manifests of further models.
+
+    Raises:
+        ConfigError: a model is unknown or cannot be loaded.
+    """
+    settings = ServerSettings.read(models=tuple(models), device=device, manifests=tuple(manifests))
+    specs = resolve_specs(settings)
+    with build_pipeline(settings, specs) as pipeline:
+        for spec in specs:
+            pipeline.catalog.load(spec)
+        yield pipeline

@@ -1,0 +1,290 @@
+"""One loaded model: its network, its queue, its thread and its state."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+
+from vision_service.backends.base import Backend, ServedNetwork
+from vision_service.backends.table import create_backend
+from vision_service.config import ModelSpec, Native
+from vision_service.engine.batcher import Batcher
+from vision_service.engine.queue import BatchLimits, Ride
+from vision_service.errors import (
+    ConfigError,
+    DeviceOutOfMemory,
+    InferenceFailed,
+    ModelUnavailable,
+    VisionError,
+)
+from vision_service.imaging.preprocess import preprocess
+from vision_service.model_info import ModelInfo, ModelState
+from vision_service.runtimes import Forward, Runtime, TorchEager
+from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
+from vision_service.weights.load import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image ready for the network.
+
+    Attributes:
+        pixels: uint8 ``[h, w, 3]`` RGB of the network's input size.
+        meta: how to go back.
+        params: what the call chose.
+    """
+
+    pixels: UInt8Array
+    meta: ImageMeta
+    params: Params
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prediction and what its batch cost.
+
+    Attributes:
+        prediction: in pixels of the original.
+        forward_ms: the network on the whole batch, transfers included.
+        postprocess_ms: outputs to predictions, for the whole batch.
+    """
+
+    prediction: Prediction
+    forward_ms: float
+    postprocess_ms: float
+
+
+def pick_device(wanted: str) -> torch.device:
+    """A device by its name in a spec; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if wanted == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device {wanted}: torch sees {count} CUDA devices here; use auto or cpu")
+    return device
+
+
+class ModelHost:
+    """Loads a model, runs it in batches on a thread of its own, and drains it.
+
+    LOADING -> READY -> DRAINING, or FAILED with its reason. READY only after the batch sizes it will run were run.
+
+    Args:
+        spec: the model.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._state = ModelState.LOADING
+        self._state_reason = ""
+        self._state_lock = threading.Lock()
+        self._admitted = 0
+        self._empty = threading.Condition(self._state_lock)
+        self._backend: Backend | None = None
+        self._forward: Forward | None = None
+        self._batcher: Batcher[Prepared, Answer] | None = None
+        self._runtime: Runtime | None = None
+        self._precision: Literal["auto", "fp32", "fp16"] = spec.precision
+
+    @property
+    def state(self) -> ModelState:
+        """Where the model stands."""
+        return self._state
+
+    @property
+    def label(self) -> str:
+        """Name and version, for messages."""
+        return f"{self.spec.name}:{self.spec.version}"
+
+    def load(self) -> None:
+        """Build, load weights, compile, warm up. Blocks; on failure everything is freed.
+
+        Raises:
+            VisionError: the model could not be loaded; the state is FAILED and keeps the reason.
+        """
+        started_s = time.monotonic()
+        try:
+            self._load()
+        except Exception as error:
+            reason = str(error) if isinstance(error, VisionError) else f"{type(error).__name__}: {error}"
+            self._free()
+            self._state, self._state_reason = ModelState.FAILED, reason
+            if isinstance(error, VisionError):
+                raise
+            raise ConfigError(f"model {self.label} could not be loaded: {reason}") from error
+        limits = self.spec.batching
+        self._batcher = Batcher(
+            self._execute,
+            BatchLimits(
+                limits.max_batch_size, limits.max_delay_ms / 1000, limits.max_queued_jobs, limits.max_queued_bytes
+            ),
+            name=f"model {self.label}",
+            expected=(DeviceOutOfMemory,),
+        )
+        self._state = ModelState.READY
+        logger.info("model %s is ready on %s after %.1f s", self.label, self._device, time.monotonic() - started_s)
+
+    def admit(self) -> None:
+        """Let a call in, before work goes into its image. Every call let in must `release` in the end.
+
+        The model is not closed while a call that was let in is on its way.
+
+        Raises:
+            ModelUnavailable: not READY.
+            QueueFull: the queue is full.
+        """
+        with self._state_lock:
+            if self._state is not ModelState.READY or self._batcher is None:
+                why = f" ({self._state_reason})" if self._state_reason else ""
+                raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
+            self._batcher.check_room()
+            self._admitted += 1
+
+    def release(self) -> None:
+        """A call that was let in has its answer."""
+        with self._state_lock:
+            self._admitted -= 1
+            if self._admitted == 0:
+                self._empty.notify_all()
+
+    def submit(self, prepared: Prepared, deadline_s: float | None = None) -> Future[Ride[Answer]]:
+        """Queue an image.
+
+        Args:
+            prepared: from `preprocess` with this model's spec.
+            deadline_s: on `time.monotonic`'s clock.
+
+        Raises:
+            ModelUnavailable: closed, or never loaded.
+            QueueFull: the queue is full.
+            DeadlineExceeded: the deadline has passed.
+        """
+        if self._batcher is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        return self._batcher.submit(
+            prepared, key=prepared.pixels.shape, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s
+        )
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Answer what is queued, take nothing new, free the network.
+
+        Returns:
+            Whether everything queued was answered in time.
+        """
+        started_s = time.monotonic()
+        with self._state_lock:
+            if self._state is ModelState.READY:
+                self._state = ModelState.DRAINING
+            drained = self._empty.wait_for(lambda: self._admitted == 0, timeout_s)
+        if self._batcher is not None:
+            left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - started_s))
+            drained = self._batcher.close(left_s) and drained
+        self._free()
+        return drained
+
+    def info(self, *, is_default: bool) -> ModelInfo:
+        """What clients may know.
+
+        Args:
+            is_default: whether calls that name no model come here.
+        """
+        spec = self.spec
+        return ModelInfo(
+            name=spec.name,
+            version=spec.version,
+            task=spec.task,
+            state=self._state,
+            state_reason=self._state_reason,
+            is_default=is_default,
+            backend=spec.backend,
+            device=str(self._device) if self._runtime is not None else spec.device,
+            runtime=self._runtime.name if self._runtime is not None else "",
+            precision=self._precision,
+            licence=spec.weights.licence if spec.weights is not None else "",
+            source=spec.weights.source if spec.weights is not None else "",
+            class_names=spec.classes,
+            preprocess_json=spec.preprocess.model_dump_json(),
+            max_batch_size=spec.batching.max_batch_size,
+            max_queued_jobs=spec.batching.max_queued_jobs,
+            queued_jobs=self._batcher.queued_jobs if self._batcher is not None else 0,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._runtime is not None, "set by load()"
+        return self._runtime.device
+
+    def _load(self) -> None:
+        spec = self.spec
+        self._runtime = TorchEager(pick_device(spec.device))
+        if self._precision == "auto":
+            self._precision = "fp16" if self._device.type == "cuda" else "fp32"
+        self._backend = create_backend(spec)
+        network = self._backend.build()
+        if spec.weights is not None:
+            load_weights(network.network if isinstance(network, ServedNetwork) else network, spec)
+        example = self._example()
+        self._forward = self._runtime.compile(network, torch.from_numpy(example.pixels).unsqueeze(0), self._precision)
+        size = 1
+        while size < 2 * spec.batching.max_batch_size:
+            self._execute([example] * min(size, spec.batching.max_batch_size))
+            size *= 2
+
+    def _example(self) -> Prepared:
+        """A grey image, prepared as callers' images will be."""
+        hw = (64, 64) if isinstance(self.spec.preprocess.resize, Native) else (480, 640)
+        pixels, meta = preprocess(np.full((*hw, 3), 127, np.uint8), self.spec.preprocess)
+        return Prepared(pixels, meta, self.spec.params)
+
+    def _execute(self, batch: Sequence[Prepared]) -> list[Answer]:
+        """One forward pass. Runs on the batcher's thread (and once on the loader's, for warm-up)."""
+        assert self._forward is not None, "set by load()"
+        assert self._backend is not None, "set by load()"
+        started_s = time.perf_counter()
+        outputs = self._forward(torch.from_numpy(np.stack([item.pixels for item in batch])))
+        forward_s = time.perf_counter()
+        with torch.inference_mode():
+            predictions = self._backend.postprocess(
+                outputs, [item.meta for item in batch], [item.params for item in batch]
+            )
+        self._check(predictions, len(batch))
+        done_s = time.perf_counter()
+        forward_ms, postprocess_ms = 1000 * (forward_s - started_s), 1000 * (done_s - forward_s)
+        return [Answer(prediction, forward_ms, postprocess_ms) for prediction in predictions]
+
+    def _check(self, predictions: Sequence[Prediction], expected: int) -> None:
+        """Hold the backend to its contract: list in, list out, of its task's type."""
+        if len(predictions) != expected:
+            raise InferenceFailed(
+                f"backend {self.spec.backend} made {len(predictions)} predictions of {expected} images"
+            )
+        wanted = PREDICTION_OF_TASK[self.spec.task]
+        for prediction in predictions:
+            if not isinstance(cast(object, prediction), wanted):
+                raise InferenceFailed(
+                    f"backend {self.spec.backend} made a {type(prediction).__name__}, a {self.spec.task} model makes "
+                    f"{wanted.__name__}"
+                )
+
+    def _free(self) -> None:
+        was_on_gpu = self._runtime is not None and self._runtime.device.type == "cuda"
+        self._forward = None
+        self._backend = None
+        if was_on_gpu:
+            torch.cuda.empty_cache()

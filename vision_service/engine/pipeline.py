@@ -1,0 +1,287 @@
+"""The way of an image: find, decode, preprocess, queue, batch, forward, postprocess. In process and behind gRPC."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vision_service.engine.admission import Admission
+from vision_service.engine.catalog import Catalog
+from vision_service.engine.host import Answer, ModelHost, Prepared
+from vision_service.engine.queue import Ride
+from vision_service.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidImage,
+    ModelUnavailable,
+    QueueFull,
+    VisionError,
+)
+from vision_service.imaging.decode import DecodeLimits, decode_image, from_array, from_raw
+from vision_service.imaging.preprocess import preprocess
+from vision_service.imaging.source import ImageInput, RawPixels
+from vision_service.types import ParamOverrides, Params, Prediction, Result, Task, Timings, UInt8Array
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One image on its way."""
+
+    image: ImageInput
+    host: ModelHost
+    params: Params
+    deadline_s: float | None
+    result: Future[Result[Any]] = field(default_factory=Future)
+    decode_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    original_hw: tuple[int, int] = (0, 0)
+
+    def fail(self, error: BaseException) -> None:
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_exception(error)
+
+
+class Pipeline:
+    """Runs images through the models of a catalog.
+
+    Thread-safe. Decoding and preprocessing run on a pool of its own; a model's network runs on the model's thread.
+
+    Args:
+        catalog: the models. Closed with the pipeline.
+        decode_workers: threads that decode and preprocess.
+        limits: largest image, in bytes and pixels.
+        max_decoding_jobs: most images decoding or waiting to be; one more raises `QueueFull`.
+        max_decoding_bytes: most bytes of images decoding or waiting to be.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        decode_workers: int,
+        limits: DecodeLimits | None = None,
+        max_decoding_jobs: int = 256,
+        max_decoding_bytes: int = 512 * 1024 * 1024,
+    ) -> None:
+        self.catalog = catalog
+        self._limits = limits or DecodeLimits()
+        self._pool = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self._admission = Admission(max_decoding_jobs, max_decoding_bytes)
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """The workers, for other work on pixels (encoding masks)."""
+        return self._pool
+
+    def submit(
+        self,
+        image: ImageInput,
+        *,
+        task: Task,
+        model: str = "",
+        version: str = "",
+        overrides: ParamOverrides | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Result[Any]]:
+        """Start one image.
+
+        Args:
+            image: an encoded file's bytes, a path, raw pixels, or a uint8 array ``[H, W]`` or ``[H, W, 3]`` RGB.
+            task: what is wanted.
+            model: which model; empty: the task's default.
+            version: which version; empty: the newest.
+            overrides: what this call chooses.
+            timeout_s: seconds from now; past it the image never reaches the device.
+
+        Returns:
+            The result to come; its exception is a `VisionError`. Cancelling it takes the image out of the queues.
+
+        Raises:
+            ModelNotFound, ModelUnavailable, InvalidInput, QueueFull: at once, before work goes into the image.
+        """
+        host = self._admit(Task(task), model, version)
+        nbytes = _nbytes(image)
+        with ExitStack() as undo:
+            undo.callback(host.release)
+            params = (overrides or ParamOverrides()).resolve(host.spec.params, host.spec.classes)
+            self._admission.enter(nbytes)
+            undo.callback(self._admission.leave, nbytes)
+            call = _Call(image, host, params, None if timeout_s is None else time.monotonic() + timeout_s)
+            try:
+                waiting = self._pool.submit(self._prepare, call)
+            except RuntimeError:  # the pool was shut down
+                raise ModelUnavailable("the service is stopping; call again in a moment") from None
+            undo.pop_all()
+        waiting.add_done_callback(lambda _: self._admission.leave(nbytes))
+        call.result.add_done_callback(lambda _: host.release())
+        call.result.add_done_callback(lambda result: waiting.cancel() if result.cancelled() else None)
+        return call.result
+
+    def predict(
+        self,
+        image: ImageInput,
+        *,
+        task: Task,
+        model: str = "",
+        version: str = "",
+        overrides: ParamOverrides | None = None,
+        timeout_s: float | None = None,
+    ) -> Result[Any]:
+        """One image, start to end. Arguments and errors as in `submit`."""
+        return self.submit(
+            image, task=task, model=model, version=version, overrides=overrides, timeout_s=timeout_s
+        ).result()
+
+    def predict_many(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        task: Task,
+        model: str = "",
+        version: str = "",
+        overrides: ParamOverrides | None = None,
+    ) -> Iterator[Result[Any] | VisionError]:
+        """Many images, in batches, with bounded memory.
+
+        Returns:
+            In the order of ``images``: a result, or the error of that image.
+        """
+        batching = self.catalog.get(Task(task), model, version).spec.batching
+        window = min(4 * batching.max_batch_size, batching.max_queued_jobs, self._admission.max_jobs)
+        flying: deque[Future[Result[Any]]] = deque()
+        for image in images:
+            if len(flying) >= window:
+                yield _outcome(flying.popleft())
+            flying.append(self._submit_patiently(image, task=task, model=model, version=version, overrides=overrides))
+        while flying:
+            yield _outcome(flying.popleft())
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Answer what is on its way, take nothing new, free the models.
+
+        Returns:
+            Whether everything was answered in time.
+        """
+        self._pool.shutdown(wait=True)
+        return self.catalog.close(timeout_s)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _admit(self, task: Task, model: str, version: str) -> ModelHost:
+        """Find a host that lets this call in; when a swap comes between the two steps, its successor."""
+        while True:
+            host = self.catalog.get(task, model, version)
+            try:
+                host.admit()
+            except ModelUnavailable:
+                if self.catalog.get(task, model, version) is host:
+                    raise
+            else:
+                return host
+
+    def _submit_patiently(self, image: ImageInput, **kwargs: Any) -> Future[Result[Any]]:
+        """Submit; wait while other callers keep the queues full; an error becomes the future's."""
+        while True:
+            try:
+                return self.submit(image, **kwargs)
+            except QueueFull as error:
+                time.sleep(min(error.retry_after_s, 1.0))
+            except VisionError as error:
+                failed: Future[Result[Any]] = Future()
+                failed.set_exception(error)
+                return failed
+
+    def _prepare(self, call: _Call) -> None:
+        """Decode and preprocess on a worker, then queue. Every way out answers the call."""
+        try:
+            if call.result.cancelled():
+                return
+            if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
+                raise DeadlineExceeded("the deadline passed before the image was decoded")
+            started_s = time.perf_counter()
+            image = self._decode(call.image)
+            decoded_s = time.perf_counter()
+            pixels, meta = preprocess(image, call.host.spec.preprocess)
+            done_s = time.perf_counter()
+            call.decode_ms = 1000 * (decoded_s - started_s)
+            call.preprocess_ms = 1000 * (done_s - decoded_s)
+            call.original_hw = meta.original_hw
+            call.image = b""  # not needed any more, and it may be large
+            riding = call.host.submit(Prepared(pixels, meta, call.params), call.deadline_s)
+        except VisionError as error:
+            call.fail(error)
+        except Exception as error:
+            failure = InferenceFailed(f"the image could not be prepared ({type(error).__name__}); the log says more")
+            failure.__cause__ = error
+            call.fail(failure)
+        else:
+            riding.add_done_callback(lambda ride: _arrive(call, ride))
+            call.result.add_done_callback(lambda result: riding.cancel() if result.cancelled() else None)
+
+    def _decode(self, image: ImageInput) -> UInt8Array:
+        if isinstance(image, bytes):
+            return decode_image(image, self._limits)
+        if isinstance(image, RawPixels):
+            return from_raw(image.data, image.height, image.width, image.channels, image.color_order, self._limits)
+        if isinstance(image, np.ndarray):
+            return from_array(image)
+        path = Path(image)
+        try:
+            size = path.stat().st_size
+            if size > self._limits.max_bytes:
+                raise InvalidImage(f"{path} has {size} bytes, the limit is {self._limits.max_bytes}")
+            return decode_image(path.read_bytes(), self._limits)
+        except OSError as error:
+            raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _arrive(call: _Call, ride: Future[Ride[Answer]]) -> None:
+    """Turn a batcher's answer into the call's result."""
+    if ride.cancelled():
+        return
+    error = ride.exception()
+    if error is not None:
+        call.fail(error)
+        return
+    travelled = ride.result()
+    answer = travelled.value
+    if not call.result.set_running_or_notify_cancel():
+        return
+    timings = Timings(
+        decode_ms=call.decode_ms,
+        preprocess_ms=call.preprocess_ms,
+        queue_ms=1000 * travelled.queue_s,
+        forward_ms=answer.forward_ms,
+        postprocess_ms=answer.postprocess_ms,
+        batch_size=travelled.batch_size,
+    )
+    spec = call.host.spec
+    result: Result[Prediction] = Result(answer.prediction, call.original_hw, spec.name, spec.version, timings)
+    call.result.set_result(result)
+
+
+def _outcome(future: Future[Result[Any]]) -> Result[Any] | VisionError:
+    try:
+        return future.result()
+    except VisionError as error:
+        return error
+
+
+def _nbytes(image: ImageInput) -> int:
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, RawPixels):
+        return len(image.data)
+    return image.nbytes if isinstance(image, np.ndarray) else 0

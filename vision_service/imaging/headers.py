@@ -1,0 +1,244 @@
+"""What an image file says about itself, read without decoding it.
+
+The size must be known before a decoder allocates memory for it, and two things are wrong without anyone noticing if
+they are not looked up here: decoders fill what a cut-off file lacks with grey, and OpenCV drops transparency.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from vision_service.errors import InvalidImage
+
+ImageFormat = Literal["JPEG", "PNG", "WebP", "BMP", "TIFF"]
+
+ACCEPTED = "accepted are JPEG, PNG, WebP, BMP and TIFF files"
+
+_MAX_PARTS = 4096
+"""Segments, chunks or tags before the pixels. Real files have some dozens; a hostile one has millions."""
+
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+"""A marker within compressed data, where 00 and the restart markers D0..D7 may follow FF."""
+
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+_OTHERS = (
+    (b"GIF8", 0, "a GIF file"),
+    (b"%PDF", 0, "a PDF file"),
+    (b"\0\0\0\x0cJXL ", 0, "a JPEG XL file"),
+    (b"\0\0\0\x0cjP  ", 0, "a JPEG 2000 file"),
+    (b"8BPS", 0, "a Photoshop file"),
+    (b"ftypavif", 4, "an AVIF file"),
+    (b"ftyphei", 4, "a HEIC file"),
+    (b"ftypmif1", 4, "a HEIC file"),
+    (b"ftyp", 4, "a video file"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What is known of an image file before it is decoded.
+
+    Attributes:
+        format: what kind of file it is, by its first bytes.
+        height: rows as stored, before EXIF orientation.
+        width: columns as stored, before EXIF orientation.
+        needs_pillow: the file has something that OpenCV gets wrong: transparency, an EXIF orientation in a WebP
+            (before 4.11), several frames in a WebP (before 4.11), CIELAB colours.
+    """
+
+    format: ImageFormat
+    height: int
+    width: int
+    needs_pillow: bool = False
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """The kind and size of an image file, from its header alone.
+
+    Args:
+        data: content of the file.
+
+    Returns:
+        Its header.
+
+    Raises:
+        InvalidImage: empty, of no accepted format, damaged, or recognisably cut off.
+    """
+    reader = next((reader for magic, reader in _READERS if data.startswith(magic)), None)
+    if reader is None or (reader is _webp and data[8:12] != b"WEBP"):
+        raise InvalidImage(f"{_kind(data)}; {ACCEPTED}")
+    try:
+        header = reader(data)
+    except (struct.error, IndexError, ValueError):
+        # Each reader only looks at fixed places and follows lengths: a miss is a place behind the end.
+        raise _truncated(reader.__name__) from None
+    if header.height < 1 or header.width < 1:
+        raise InvalidImage(f"damaged {header.format} file: it says {header.width} x {header.height} pixels")
+    return header
+
+
+def _kind(data: bytes) -> str:
+    if not data:
+        return "no bytes"
+    for magic, position, name in _OTHERS:
+        if data.startswith(magic, position):
+            return name
+    start = data[:256]
+    if all(byte in b"\t\n\r" or byte >= 32 for byte in start) and _is_utf8(start):
+        return f"text that starts with {start[:20].decode(errors='ignore')!r}, not an image"
+    return f"not an image that is known here: it starts with bytes {data[:8].hex(' ')}"
+
+
+def _is_utf8(start: bytes) -> bool:
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.start > len(start) - 4  # a character that was cut in two
+    return True
+
+
+def _truncated(name: str) -> InvalidImage:
+    label = {"_webp": "WebP"}.get(name, name.strip("_").upper())
+    return InvalidImage(f"truncated {label} file: it ends before its picture does; send all of its bytes")
+
+
+def _jpeg(data: bytes) -> ImageHeader:
+    position, size = 2, None
+    for _ in range(_MAX_PARTS):
+        position = data.index(b"\xff", position)  # as libjpeg, skip what is no marker
+        while data[position] == 0xFF:
+            position += 1
+        code = data[position]
+        position += 1
+        if code in (0x00, 0x01) or 0xD0 <= code <= 0xD8:
+            continue
+        if code == 0xD9:
+            break
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC) and size is None:
+            size = struct.unpack_from(">HH", data, position + 3)
+        (length,) = struct.unpack_from(">H", data, position)
+        position += length
+        if code == 0xDA and size is not None:
+            if not data.endswith(b"\xff\xd9") and not _jpeg_ends(data, position):
+                raise _truncated("_jpeg")
+            return ImageHeader("JPEG", *size)
+    raise InvalidImage("damaged JPEG file: no picture in it")
+
+
+def _jpeg_ends(data: bytes, position: int) -> bool:
+    """Whether the end marker follows the first scan: later scans and tables may hold its bytes by chance."""
+    for _ in range(_MAX_PARTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None:
+            return False
+        if marker.group()[-1] == 0xD9:
+            return True
+        (length,) = struct.unpack_from(">H", data, marker.end())
+        position = marker.end() + length
+    return False
+
+
+def _png(data: bytes) -> ImageHeader:
+    name, width, height, depth, color_type = struct.unpack_from(">4sIIBB", data, 12)
+    if name != b"IHDR":
+        raise InvalidImage("damaged PNG file: it does not start with its header")
+    position, has_key = 8, False
+    for _ in range(_MAX_PARTS):
+        length, name = struct.unpack_from(">I4s", data, position)
+        if name == b"IDAT":
+            if data.find(_PNG_END, -len(_PNG_END)) < 0 and data.find(_PNG_END, position) < 0:
+                raise _truncated("_png")
+            # Pillow clips 16-bit grey, so its colour key (one grey value) is ignored rather than the picture spoilt.
+            has_alpha = color_type in (4, 6) or (has_key and (depth, color_type) != (16, 0))
+            return ImageHeader("PNG", height, width, needs_pillow=has_alpha)
+        has_key = has_key or name == b"tRNS"
+        position += 12 + length
+    raise InvalidImage("damaged PNG file: no picture in it")
+
+
+def _webp(data: bytes) -> ImageHeader:
+    riff_bytes, _, name = struct.unpack_from("<I4s4s", data, 4)
+    if len(data) < riff_bytes + 8:
+        raise _truncated("_webp")
+    if name == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return ImageHeader("WebP", height & 0x3FFF, width & 0x3FFF)
+    if name == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return ImageHeader("WebP", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, needs_pillow=bool(bits >> 28 & 1))
+    if name == b"VP8X":
+        flags, low_width, high_width, low_height, high_height = struct.unpack_from("<B3xHBHB", data, 20)
+        width, height = (high_width << 16) + low_width + 1, (high_height << 16) + low_height + 1
+        return ImageHeader("WebP", height, width, needs_pillow=bool(flags & 0x1A))  # alpha, EXIF, animation
+    raise InvalidImage(f"damaged WebP file: it starts with a part called {name!r}")
+
+
+def _bmp(data: bytes) -> ImageHeader:
+    offset, header_bytes = struct.unpack_from("<II", data, 10)
+    if header_bytes == 12:
+        width, height, _, depth = struct.unpack_from("<HHHH", data, 18)
+        compression, has_alpha = 0, False
+    else:
+        width, height, _, depth, compression = struct.unpack_from("<iiHHI", data, 18)
+        has_masks = compression in (3, 6) and (header_bytes >= 56 or compression == 6)
+        has_alpha = depth == 32 and has_masks and struct.unpack_from("<I", data, 66)[0] != 0
+    height = abs(height)  # negative: rows from the top
+    if compression in (0, 3, 6) and len(data) < offset + (width * depth + 31) // 32 * 4 * height:
+        raise _truncated("_bmp")
+    return ImageHeader("BMP", height, width, needs_pillow=has_alpha)
+
+
+def _tiff(data: bytes) -> ImageHeader:
+    tags = _tiff_tags(data)
+    depth, samples, photometric = tags.get(258, 1), tags.get(277, 1), tags.get(262, 1)
+    height, width = tags.get(257, 0), tags.get(256, 0)
+    if depth > 16:
+        raise InvalidImage(f"TIFF file with {depth} bits a sample; at most 16 are accepted: convert it to 8 bits")
+    tile_height, tile_width = tags.get(323, 0), tags.get(322, 0)
+    if max(tile_height, tile_width) > 4096 and tile_height * tile_width > 4 * height * width:
+        raise InvalidImage(f"damaged TIFF file: tiles of {tile_width} x {tile_height} in {width} x {height} pixels")
+    has_alpha = 338 in tags and samples in (2, 4) and photometric in (0, 1, 2) and depth == 8
+    return ImageHeader("TIFF", height, width, needs_pillow=has_alpha or photometric == 8)
+
+
+def _tiff_tags(data: bytes) -> dict[int, int]:
+    """The first value of each tag of the first page."""
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = 43 in (data[2], data[3])
+    (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
+    if count > _MAX_PARTS:
+        raise InvalidImage(f"damaged TIFF file: {count} tags")
+    start += 8 if is_big else 2
+    entry, inline_bytes = (order + "HHQ", 8) if is_big else (order + "HHI", 4)
+    tags: dict[int, int] = {}
+    for index in range(count):
+        position = start + index * (struct.calcsize(entry) + inline_bytes)
+        tag, kind, values = struct.unpack_from(entry, data, position)
+        if kind not in _TIFF_KINDS or tag in tags:
+            continue
+        position += struct.calcsize(entry)
+        size = struct.calcsize(_TIFF_KINDS[kind])
+        if values * size > inline_bytes:
+            (position,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, position)
+        (tags[tag],) = struct.unpack_from(order + _TIFF_KINDS[kind], data, position)
+    return tags
+
+
+_TIFF_KINDS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+
+_READERS: tuple[tuple[bytes, Callable[[bytes], ImageHeader]], ...] = (
+    (b"\xff\xd8\xff", _jpeg),
+    (b"\x89PNG\r\n\x1a\n", _png),
+    (b"RIFF", _webp),
+    (b"BM", _bmp),
+    (b"II*\0", _tiff),
+    (b"MM\0*", _tiff),
+    (b"II+\0", _tiff),
+    (b"MM\0+", _tiff),
+)

@@ -1,0 +1,77 @@
+"""What may be asked about a model that is served: how to name it, and what there is to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vision_service.types import Task
+
+
+class ModelState(StrEnum):
+    """Where a model stands."""
+
+    LOADING = "loading"
+    """Reading weights or warming up; calls are refused."""
+    READY = "ready"
+    """Answers calls."""
+    DRAINING = "draining"
+    """Answers what it has, takes nothing new."""
+    FAILED = "failed"
+    """Could not be loaded; the reason stands beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSelector:
+    """Which model is meant.
+
+    Attributes:
+        name: as in ListModels; empty: the default model of the task.
+        version: of that model; empty: the newest that is ready.
+    """
+
+    name: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a client may want to know of a model before calling it. Mirrors ``Model`` of the API.
+
+    Attributes:
+        name: what requests say.
+        version: its version.
+        task: what it does.
+        state: where it stands.
+        state_reason: why, when it failed; else empty.
+        is_default: requests of this task that name no model go here.
+        backend: which adapter builds it.
+        device: where it runs: ``cpu``, ``cuda:0``, ...
+        runtime: how it is executed: ``torch``, ...
+        precision: ``fp32``, ``fp16``, ...
+        licence: of the weights, SPDX where there is one.
+        source: where the weights come from.
+        class_names: the index is the class id; empty for ``translate`` and in listings.
+        preprocess_json: how images are prepared: the `PreprocessSpec` as JSON.
+        max_batch_size: largest batch it runs.
+        max_queued_jobs: most calls that may wait for it.
+        queued_jobs: calls waiting now.
+    """
+
+    name: str
+    version: str
+    task: Task
+    state: ModelState
+    state_reason: str = ""
+    is_default: bool = False
+    backend: str = ""
+    device: str = ""
+    runtime: str = ""
+    precision: str = ""
+    licence: str = ""
+    source: str = ""
+    class_names: tuple[str, ...] = ()
+    preprocess_json: str = ""
+    max_batch_size: int = 0
+    max_queued_jobs: int = 0
+    queued_jobs: int = 0

@@ -1,0 +1,147 @@
+"""The gRPC server: starts, loads models, says when it is ready, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as aio_health
+from grpc_reflection.v1alpha import reflection
+
+from vision_service.api.v1 import vision_pb2 as pb
+from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
+from vision_service.config.settings import ServerSettings
+from vision_service.engine.build import build_pipeline, resolve_specs
+from vision_service.errors import ConfigError, VisionError
+from vision_service.server.interceptors import CallInterceptor
+from vision_service.server.servicers import ModelServicer, VisionServicer
+from vision_service.types import Task
+
+logger = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+
+
+class VisionServer:
+    """A server with its models.
+
+    Health, by the standard protocol: the service name ``""`` and each service's full name are SERVING when every model
+    is ready; ``classify``, ``detect``, ``segment`` and ``translate`` when that task's default model is.
+
+    Args:
+        settings: of the process.
+
+    Raises:
+        ConfigError: a model is unknown or a setting does not fit.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self._specs = resolve_specs(settings)
+        self.pipeline = build_pipeline(settings, self._specs)
+        self._health = aio_health.HealthServicer()
+        self._server: Any = None
+        self.port = 0
+
+    async def start(self) -> int:
+        """Listen, then load every model.
+
+        Returns:
+            The port that is listened on.
+
+        Raises:
+            ConfigError: the port is taken.
+            VisionError: a model could not be loaded and the settings require all of them.
+        """
+        for service in ("", *SERVICES, *Task):  # the health servicer starts out as SERVING
+            await self._health.set(str(service), NOT_SERVING)
+        options = [
+            ("grpc.max_receive_message_length", self.settings.max_message_bytes),
+            ("grpc.max_send_message_length", self.settings.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+        ]
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=options)
+        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._server)
+        pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, aio_health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        address = f"{self.settings.host}:{self.settings.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigError(f"cannot listen on {address}; is the port taken? Port 0 picks a free one") from None
+        await self._server.start()
+        await self._load_models()
+        return self.port
+
+    async def _load_models(self) -> None:
+        loop = asyncio.get_running_loop()
+        failed = []
+        for spec in self._specs:  # one after the other: each uses every core
+            try:
+                await loop.run_in_executor(None, self.pipeline.catalog.load, spec)
+            except VisionError as error:
+                if self.settings.require_all_models:
+                    raise
+                failed.append(spec.name)
+                logger.error("model %s failed to load: %s", spec.name, error)
+            await self._health.set(str(spec.task), SERVING if self.pipeline.catalog.ready(spec.task) else NOT_SERVING)
+        if not failed:
+            for service in ("", *SERVICES):
+                await self._health.set(service, SERVING)
+
+    async def stop(self) -> bool:
+        """Say NOT_SERVING, refuse new calls, answer those under way, free the models.
+
+        Returns:
+            Whether every call under way was answered within the drain timeout.
+        """
+        if self._server is None:
+            return True
+        await self._health.enter_graceful_shutdown()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self.settings.drain_timeout_s
+        await self._server.stop(self.settings.drain_timeout_s)
+        in_time = loop.time() < until_s
+        left_s = max(1.0, until_s - loop.time())
+        return await loop.run_in_executor(None, self.pipeline.close, left_s) and in_time
+
+
+async def serve(settings: ServerSettings, on_ready: Callable[[VisionServer], None]) -> int:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        settings: of the process.
+        on_ready: called once every model is ready.
+
+    Returns:
+        The exit code: 0 when every call under way was answered, else 1.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = VisionServer(settings)
+    starting = asyncio.ensure_future(server.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if starting.done():
+            starting.result()
+            on_ready(server)
+            await stopping
+            logger.info("draining: no new calls, up to %.0f s for those under way", settings.drain_timeout_s)
+    finally:
+        drained = await server.stop()
+        starting.cancel()
+        stopping.cancel()
+    logger.info("stopped" if drained else "stopped with calls unanswered")
+    return 0 if drained else 1

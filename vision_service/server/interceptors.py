@@ -1,0 +1,105 @@
+"""Around every call: a request id, one line in the log, and errors as statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from vision_service.errors import QueueFull, VisionError
+
+logger = logging.getLogger("vision_service.access")
+
+REQUEST_ID = "x-request-id"
+RETRY_AFTER = "grpc-retry-pushback-ms"
+"""gRPC's own name for "come back then" (gRFC A6); its built-in retries obey it too."""
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+
+def request_id_of(metadata: Any) -> str:
+    """The caller's request id where it is fit for a log, else a new one."""
+    for key, value in metadata or ():
+        if key == REQUEST_ID and isinstance(value, str) and _SAFE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex[:16]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Gives each unary call an id, logs it, and turns its errors into statuses.
+
+    A `VisionError` becomes its own status with its own message. Anything else becomes INTERNAL with no more than the
+    request id; its text goes to the log.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the handler of a unary call; streams (reflection, health watches) pass as they are."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        method = handler_call_details.method
+        inner = handler.unary_unary
+
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            return await _observed(inner, request, context, method)
+
+        return grpc.unary_unary_rpc_method_handler(
+            call,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+async def _observed(
+    inner: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]],
+    request: Any,
+    context: grpc.aio.ServicerContext,
+    method: str,
+) -> Any:
+    request_id = request_id_of(context.invocation_metadata())
+    started_s = time.perf_counter()
+    status = "OK"
+    context.set_trailing_metadata(((REQUEST_ID, request_id),))
+    try:
+        return await inner(request, context)
+    except VisionError as error:
+        status = error.status
+        if status == "INTERNAL":
+            logger.error("call %s failed", request_id, exc_info=error)
+        trailing = [(REQUEST_ID, request_id)]
+        if isinstance(error, QueueFull):
+            trailing.append((RETRY_AFTER, str(max(1, round(1000 * error.retry_after_s)))))
+        await context.abort(grpc.StatusCode[status], str(error), tuple(trailing))
+    except asyncio.CancelledError:
+        status = "CANCELLED"  # by the caller, or by its deadline
+        raise
+    except grpc.aio.AbortError:
+        status = str(context.code().name if hasattr(context.code(), "name") else context.code())
+        raise
+    except Exception:
+        status = "INTERNAL"
+        logger.exception("call %s failed", request_id)
+        await context.abort(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it as {request_id}")
+    finally:
+        logger.info(
+            "%s %s",
+            method,
+            status,
+            extra={
+                "method": method,
+                "status": status,
+                "request_id": request_id,
+                "peer": context.peer(),
+                "duration_ms": round(1000 * (time.perf_counter() - started_s), 2),
+            },
+        )

@@ -1,0 +1,86 @@
+"""The RPCs: read the request, run the pipeline, write the reply."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from vision_service.api.v1 import vision_pb2 as pb
+from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
+from vision_service.engine.pipeline import Pipeline
+from vision_service.server import codec, replies
+from vision_service.types import Task
+
+PIXEL_REPLIES = (Task.SEGMENT, Task.TRANSLATE)
+"""Tasks whose reply is encoded from pixels: milliseconds, so not on the event loop."""
+
+
+class VisionServicer(pb_grpc.VisionServiceServicer):
+    """VisionService over a pipeline.
+
+    Args:
+        pipeline: where images go.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        return await self._predict(codec.read_classify, request, context)
+
+    async def Detect(self, request: pb.DetectRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        return await self._predict(codec.read_detect, request, context)
+
+    async def Segment(self, request: pb.SegmentRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        return await self._predict(codec.read_segment, request, context)
+
+    async def Translate(self, request: pb.TranslateRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        return await self._predict(codec.read_translate, request, context)
+
+    async def _predict(
+        self, read: Callable[[Any], codec.Call], request: Any, context: grpc.aio.ServicerContext
+    ) -> replies.Response:
+        call = read(request)
+        # When the caller hangs up or its deadline passes, gRPC cancels this coroutine, and that the waiting image.
+        result = await asyncio.wrap_future(
+            self._pipeline.submit(
+                call.image,
+                task=call.task,
+                model=call.model.name,
+                version=call.model.version,
+                overrides=call.overrides,
+                timeout_s=context.time_remaining(),
+            )
+        )
+        if call.task in PIXEL_REPLIES:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pipeline.pool, replies.write_reply, result, call)
+        return replies.write_reply(result, call)
+
+
+class ModelServicer(pb_grpc.ModelServiceServicer):
+    """ModelService over a pipeline's catalog.
+
+    Args:
+        pipeline: whose models are shown.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._catalog = pipeline.catalog
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        task = codec.read_list_models(request)
+        return replies.write_list_models([self._catalog.info(host) for host in self._catalog.hosts(task)])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+        """See the API."""
+        selector = codec.read_get_model(request)
+        return replies.write_get_model(self._catalog.info(self._catalog.find(selector.name, selector.version)))
