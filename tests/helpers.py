@@ -49,14 +49,20 @@ def run_server(settings, prepare: Callable | None = None) -> Iterator:
         server = VisionServer(settings)
         if prepare is not None:
             prepare(server)
-        await server.start()
+        try:
+            await server.start()
+        except BaseException:
+            await server.stop()
+            raise
         return server
 
-    server = asyncio.run_coroutine_threadsafe(make(), loop).result(120)
     try:
-        yield server
+        server = asyncio.run_coroutine_threadsafe(make(), loop).result(120)
+        try:
+            yield server
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()

@@ -21,15 +21,11 @@ def serve(tmp_path):
 
     def start(more="", *arguments, **environment):
         manifest = tiny_manifest(tmp_path, tiny=more)
-        command = [sys.executable, "-m", "vision_service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+        command = [sys.executable, "-m", "vision_service", "serve", "--host", "127.0.0.1", "--port", "0"]
         command += ["--manifest", str(manifest), "--model", "tiny", "--log-format", "json", *arguments]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=(tmp_path / "log").open("w"),
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(PLUGINS)} | environment,
-        )
+        environment = os.environ | {"PYTHONPATH": str(PLUGINS)} | environment
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         processes.append(process)
         printed = []
         for line in process.stdout:
@@ -77,7 +73,7 @@ def test_settings_come_from_the_environment_too(serve):
 
 
 def test_a_wrong_setting_ends_with_one_line_and_code_2(tmp_path):
-    command = [sys.executable, "-m", "vision_service.cli", "serve", "--port", "0", "--model", "nanodet"]
+    command = [sys.executable, "-m", "vision_service", "serve", "--port", "0", "--model", "nanodet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "no model 'nanodet' is known; did you mean 'nanodet_g'?" in " ".join(done.stderr.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -121,8 +122,7 @@ def _print_table(rows: Iterable[dict[str, Any]]) -> None:
         table.add_column(_HEADINGS.get(key, key), overflow="fold")
     for row in rows:
         table.add_row(*(_cell(key, value) for key, value in row.items()))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else _NOT_A_TERMINAL)
+    Console(width=None if sys.stdout.isatty() else _NOT_A_TERMINAL).print(table)
 
 
 _HEADINGS = {"size_bytes": "size", "is_default": "default"}
@@ -130,7 +130,7 @@ _HEADINGS = {"size_bytes": "size", "is_default": "default"}
 
 def _cell(key: str, value: Any) -> str:
     if key == "size_bytes":
-        return "missing" if value is None else f"{value / 1e6:.1f} MB"
+        return "-" if value is None else f"{value / 1e6:.1f} MB"
     if key == "is_default":
         return "yes" if value else ""
     return str(value)

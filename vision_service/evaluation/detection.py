@@ -64,7 +64,7 @@ def score_detections(
 
 
 def _precision(truths: dict[str, Any], guesses: list[dict[str, Any]], max_detections: int) -> np.ndarray:
-    """float ``[T, R, K]``: overlaps, recalls, classes."""
+    """Precision as float ``[T, R, K]``: overlaps, recalls, classes."""
     dataset = COCO()
     dataset.dataset = truths
     dataset.createIndex()

@@ -193,7 +193,7 @@ def _grey_to_rgb(pixels: UInt8Array) -> UInt8Array:
 
 
 def _on_white(rgba: UInt8Array) -> UInt8Array:
-    """RGBA composed on white, rounded: ``(color * alpha + 255 * (255 - alpha)) / 255``."""
-    alpha = rgba[:, :, 3:].astype(np.uint16)
-    blend = rgba[:, :, :3] * alpha + 255 * (255 - alpha)  # at most 65025
-    return cast(UInt8Array, ((blend + 127) // 255).astype(np.uint8))
+    """RGBA composed on white: ``color * alpha / 255`` rounded, plus ``255 - alpha``."""
+    alpha = cv2.cvtColor(np.ascontiguousarray(rgba[:, :, 3]), cv2.COLOR_GRAY2RGB)
+    color = cv2.multiply(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), alpha, scale=1 / 255)
+    return cast(UInt8Array, cv2.add(color, cv2.bitwise_not(alpha)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as aio_health
 from grpc_reflection.v1alpha import reflection
 
@@ -72,7 +73,7 @@ class VisionServer:
         pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._server)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, aio_health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
             self.port = self._server.add_insecure_port(address)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vision_service.config import ModelSpec
-from vision_service.errors import ConfigError, ModelNotFound, choices
+from vision_service.errors import ConfigError, InvalidInput, ModelNotFound, choices
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -124,6 +124,8 @@ def _read_model(path: Path, index: int, entry: dict[str, Any]) -> ModelSpec:
         return ModelSpec.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(_problems(error))}") from None
+    except InvalidInput as error:  # from the params' own checks, which serve requests as well
+        raise ConfigError(f"{where}: params.{error}") from None
 
 
 def _read_classes(where: str, folder: Path, name: str) -> tuple[str, ...]:

@@ -1,0 +1,197 @@
+"""What every backend promises. A new one joins with two lines: a class and its spec."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import tiny_spec
+from vision_service.backends.table import BACKENDS, create_backend
+from vision_service.errors import ConfigError, InferenceFailed
+from vision_service.imaging.preprocess import preprocess
+from vision_service.types import PREDICTION_OF_TASK, VOID, Params, Task
+
+CLASSES = ("apple", "bear", "cup")
+
+
+def images() -> list[np.ndarray]:
+    """Photos of unequal sizes; uint8 [H, W, 3]."""
+    rng = np.random.RandomState(0)
+    return [rng.randint(0, 256, (height, width, 3), np.uint8) for height, width in ((40, 64), (64, 40), (33, 47))]
+
+
+def same(a, b) -> bool:
+    """Whether two predictions are equal, field by field."""
+    return type(a) is type(b) and all(
+        np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)
+    )
+
+
+@cache
+def built(cls):
+    """The backend of a test class and its network, random but always the same."""
+    backend = create_backend(tiny_spec(**cls.fields))
+    torch.manual_seed(0)
+    return backend, backend.build().eval()
+
+
+class BackendContract:
+    """Subclass it and set `fields`: those of a spec that is tiny and needs no weights."""
+
+    fields: ClassVar[dict]
+
+    @property
+    def backend(self):
+        return built(type(self))[0]
+
+    @property
+    def network(self):
+        return built(type(self))[1]
+
+    @property
+    def task(self) -> Task:
+        return self.backend.task
+
+    def prepared(self):
+        """Inputs of one shape, uint8 [N, h, w, 3], and how to go back."""
+        spec = self.backend.spec.preprocess
+        pairs = [preprocess(image, spec) for image in images()]
+        if len({pixels.shape for pixels, _ in pairs}) > 1:  # native sizes do not stack
+            pairs = [preprocess(images()[0][:, ::step].repeat(step, axis=1), spec) for step in (1, 2, 4)]
+        return torch.from_numpy(np.stack([pixels for pixels, _ in pairs])), [meta for _, meta in pairs]
+
+    def outputs(self, pixels):
+        with torch.inference_mode():
+            return self.network(pixels)
+
+    def predict(self, *params):
+        pixels, metas = self.prepared()
+        return self.backend.postprocess(self.outputs(pixels), metas, params)
+
+    def test_dense_outputs_have_the_batch_first(self):
+        pixels, _ = self.prepared()
+        assert pixels.dtype == torch.uint8
+        outputs = self.outputs(pixels)
+        assert isinstance(outputs, tuple)
+        assert all(isinstance(output, torch.Tensor) and len(output) == len(pixels) for output in outputs)
+
+    def test_one_prediction_an_image_in_order(self):
+        pixels, metas = self.prepared()
+        outputs = self.outputs(pixels)
+        forward = self.backend.postprocess(outputs, metas, [Params()] * 3)
+        backward = self.backend.postprocess(tuple(o.flip(0) for o in outputs), metas[::-1], [Params()] * 3)
+        assert [type(prediction) for prediction in forward] == [PREDICTION_OF_TASK[self.task]] * 3
+        assert all(same(a, b) for a, b in zip(forward, backward[::-1], strict=True))
+        assert not same(forward[0], forward[1]), "the images are unequal, so this would not notice a wrong order"
+
+    def test_a_batch_is_its_images_one_by_one(self):
+        pixels, metas = self.prepared()
+        batch = self.outputs(pixels)
+        together = self.backend.postprocess(batch, metas, [Params()] * 3)
+        for index in range(3):
+            single = self.outputs(pixels[index : index + 1])
+            for one, many in zip(single, batch, strict=True):
+                torch.testing.assert_close(one[0], many[index], atol=1e-5, rtol=1e-5)
+            rows = tuple(output[index : index + 1] for output in batch)
+            assert same(self.backend.postprocess(rows, metas[index : index + 1], [Params()])[0], together[index])
+
+    def test_the_same_twice(self):
+        pixels, _ = self.prepared()
+        assert all(torch.equal(a, b) for a, b in zip(self.outputs(pixels), self.outputs(pixels), strict=True))
+
+    def test_each_image_has_its_own_params(self):
+        chosen = [Params(score_threshold=0.0, top_k=2, max_detections=4), Params(score_threshold=1.0), Params()]
+        mixed = self.predict(*chosen)
+        for index, params in enumerate(chosen):
+            assert same(mixed[index], self.predict(*[params] * 3)[index])
+
+    def test_nothing_found_is_an_answer(self):
+        for prediction in self.predict(*[Params(score_threshold=1.0)] * 3):
+            match self.task:
+                case Task.CLASSIFY | Task.DETECT:
+                    assert len(prediction) == 0
+                case Task.SEGMENT:
+                    nothing = VOID if prediction.background_id is None else prediction.background_id
+                    assert (prediction.class_map == nothing).all()
+                case Task.TRANSLATE:
+                    assert prediction.image.size  # thresholds mean nothing to it
+
+    def test_class_filter(self):
+        if self.task is Task.TRANSLATE:
+            pytest.skip("has no classes")
+        open_params = Params(score_threshold=0.0, top_k=9, iou_threshold=1.0, max_detections=100_000)
+        everything = {i for p in self.predict(*[open_params] * 3) for i in self.ids(p)}
+        kept = 1
+        assert kept in everything, "the network never finds the class, so the filter would not be tested"
+        filtered = self.predict(*[dataclasses.replace(open_params, class_ids=frozenset({kept}))] * 3)
+        assert {i for p in filtered for i in self.ids(p)} == {kept}
+
+    def ids(self, prediction) -> set[int]:
+        if self.task is Task.SEGMENT:
+            return set(np.unique(prediction.class_map).tolist()) - {VOID, prediction.background_id}
+        return set(prediction.class_ids.tolist())
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_nonsense_raises_and_says_where(self, value):
+        pixels, metas = self.prepared()
+        for index in range(len(self.outputs(pixels))):
+            outputs = [output.clone() for output in self.outputs(pixels)]
+            outputs[index][(1, *[-1] * (outputs[index].ndim - 1))] = value
+            with pytest.raises(InferenceFailed, match="image 1 of a batch of 3"):
+                self.backend.postprocess(tuple(outputs), metas, [Params()] * 3)
+
+    def test_half_precision_outputs_are_read(self):
+        pixels, metas = self.prepared()
+        halves = tuple(output.half() for output in self.outputs(pixels))
+        assert len(self.backend.postprocess(halves, metas, [Params()] * 3)) == 3
+
+    def test_runtimes_can_take_the_network(self):
+        pixels, _ = self.prepared()
+        with torch.inference_mode():
+            exported = torch.export.export(self.network, (pixels,), strict=False)
+            for ours, theirs in zip(self.outputs(pixels), exported.module()(pixels), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+    def test_unknown_option_names_what_exists(self):
+        with pytest.raises(ConfigError, match="option 'widht' is unknown to backend"):
+            create_backend(tiny_spec(**self.fields | {"options": {"widht": 3}}))
+
+    def test_wrong_task(self):
+        other = Task.DETECT if self.task is not Task.DETECT else Task.CLASSIFY
+        with pytest.raises(ConfigError, match=f"is for {self.task}, but the model's task is {other}"):
+            create_backend(tiny_spec(**self.fields | {"task": other, "classes": CLASSES, "background_id": None}))
+
+
+SMALL = {"resize": {"mode": "stretch", "size_hw": (64, 64)}}
+SMALL_LETTERBOX = {"resize": {"mode": "letterbox", "size_hw": (64, 64)}, "color_order": "bgr"}
+SMALL_NATIVE = {"resize": {"mode": "native", "pad_multiple": 4}}
+
+
+def fields(backend, task, classes=CLASSES, preprocess=SMALL, **more):
+    return {"backend": backend, "task": task, "classes": classes, "preprocess": preprocess} | more
+
+
+class TestTorchvisionClassifier(BackendContract):
+    fields = fields("torchvision_classifier", "classify", options={"arch": "squeezenet1_1"})
+
+
+class TestNanoDet(BackendContract):
+    fields = fields("nanodet", "detect", preprocess=SMALL_LETTERBOX, options={"width": 4, "neck_channels": 8})
+
+
+class TestSelfieSegmentation(BackendContract):
+    fields = fields("selfie_segmentation", "segment", classes=("nothing", "person"), background_id=0)
+
+
+class TestEsrganSlim(BackendContract):
+    fields = fields("esrgan_slim", "translate", classes=(), preprocess=SMALL_NATIVE, options={"features": 8})
+
+
+def test_every_built_in_backend_is_held_to_the_contract():
+    held = {cls.fields["backend"] for cls in BackendContract.__subclasses__()}
+    assert set(BACKENDS) <= held, "add a subclass of BackendContract for the new backend"
