@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import cv2
@@ -76,6 +77,12 @@ def test_an_option_with_no_effect_is_refused(address, photos):
     assert "max_detections: has no effect on classify, only on detect" in result.stderr
 
 
+def test_choices_reach_the_server(address, photos):
+    result = run("client", "classify", photos / "1.png", "--address", address, "--class", "blue")
+    assert result.exit_code == 1
+    assert "classes: the model has no class 'blue'" in result.stderr
+
+
 def test_models_of_a_server(address):
     rows = json.loads(run("models", "list", "--address", address, "--json").stdout)
     assert [(row["name"], row["version"], row["state"], row["is_default"]) for row in rows] == [
@@ -95,7 +102,9 @@ def test_models_of_a_server(address):
 
 
 def test_a_server_that_is_not_there(photos):
-    result = run("client", "classify", photos / "1.png", "--address", "127.0.0.1:1", "--timeout", 0.5)
+    start = time.monotonic()
+    result = run("client", "classify", photos / "1.png", "--address", "127.0.0.1:1", "--timeout", 0.1)
+    assert time.monotonic() - start < 1.2  # with time left, it would pause 1.4 s in all
     assert result.exit_code == 1
     assert "failed:" in result.stderr
     listed = run("models", "list", "--address", "127.0.0.1:1")

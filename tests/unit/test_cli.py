@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from tests.helpers import ROOT, red_image, tiny_manifest
 from vision_service.cli import app
+from vision_service.cli.client import _in_order
 from vision_service.cli.failures import exit_code, readable, show_tracebacks
 from vision_service.cli.files import ImageFile, PictureNames, find_images
 from vision_service.cli.options import read_overrides
@@ -281,6 +283,20 @@ class TestFiles:
         files = [ImageFile(Path("x/a.png"), Path("a.png")), ImageFile(Path("y/a.jpg"), Path("a.jpg"))]
         assert [str(names.name(file, "net", ".jpg")) for file in files] == ["a.net.jpg", "a.net-2.jpg"]
         assert str(names.name(files[0], "../../net", ".jpg")) == "a.______net.jpg"
+
+
+class TestConcurrency:
+    @pytest.mark.parametrize("count", [0, 9])
+    def test_calls_run_side_by_side_and_come_back_in_order(self, count):
+        together = threading.Barrier(3, timeout=10)
+        files = [ImageFile(Path(str(i)), Path(str(i))) for i in range(count)]
+
+        def call(file):
+            together.wait()
+            return int(file.path.name)
+
+        outcomes = list(_in_order(call, files, 3))
+        assert outcomes == list(zip(files, range(count), strict=True))
 
 
 def result(prediction, **fields):

@@ -1,0 +1,68 @@
+"""The same path on a CUDA device, in half precision. Skipped where there is none."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from vision_service.config.settings import EMBEDDED_MODELS  # noqa: E402
+from vision_service.engine.build import local_pipeline  # noqa: E402
+from vision_service.errors import DeviceOutOfMemory  # noqa: E402
+from vision_service.types import Task  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with local_pipeline(EMBEDDED_MODELS, device="cuda:0") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    with local_pipeline(EMBEDDED_MODELS, device="cpu") as pipeline:
+        yield pipeline
+
+
+def test_models_run_there_in_half_precision(gpu):
+    for host in gpu.catalog.hosts():
+        info = gpu.catalog.info(host)
+        assert (info.device, info.precision) == ("cuda:0", "fp16")
+
+
+def test_answers_are_those_of_the_cpu(gpu, cpu, samples):
+    for name, data in samples.items():
+        one, other = (p.predict(data, task=Task.CLASSIFY).prediction for p in (gpu, cpu))
+        assert one.class_ids[0] == other.class_ids[0], name
+        np.testing.assert_allclose(one.scores, other.scores, atol=0.02)
+
+        one, other = (p.predict(data, task=Task.DETECT).prediction for p in (gpu, cpu))
+        assert one.class_names[0] == other.class_names[0], name
+        np.testing.assert_allclose(one.boxes_xyxy[0], other.boxes_xyxy[0], atol=3)
+
+        one, other = (p.predict(data, task=Task.SEGMENT).prediction for p in (gpu, cpu))
+        assert np.mean(one.class_map != other.class_map) < 0.01, name
+
+
+def test_images_do_not_mix_in_a_batch(gpu, samples):
+    data = list(samples.values())
+    futures = [gpu.submit(data[i % len(data)], task=Task.DETECT) for i in range(48)]
+    results = [future.result(60) for future in futures]
+    assert max(result.timings.batch_size for result in results) > 1
+    for i, result in enumerate(results):
+        np.testing.assert_allclose(
+            result.prediction.scores, results[i % len(data)].prediction.scores, atol=0.01, err_msg=str(i)
+        )
+
+
+def test_out_of_memory_is_named_and_the_model_goes_on(gpu):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 200 * 2**20) / total, 0)
+    try:
+        with pytest.raises(DeviceOutOfMemory, match="does not fit"):
+            gpu.predict(np.zeros((1000, 1000, 3), np.uint8), task=Task.TRANSLATE)
+        assert gpu.predict(np.zeros((64, 64, 3), np.uint8), task=Task.TRANSLATE).prediction.image.shape == (128, 128, 3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
