@@ -1,5 +1,7 @@
-"""Starts a server, sends samples/ through every task over gRPC, prints what was found and where the time went, writes
-annotated pictures, and stops the server. Exits with 1 if any task fails or misses what is plainly in the photo.
+"""Starts a server, sends samples/ through every task over gRPC, and stops it.
+
+Prints what was found and where the time went, and writes annotated pictures. Exits with 1 if any task fails or misses
+what is plainly in the photo.
 """
 
 from __future__ import annotations

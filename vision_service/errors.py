@@ -30,9 +30,13 @@ class VisionError(Exception):
 
     Attributes:
         status: name of the gRPC status code that a caller over the network gets.
+        request_id: what the server's log calls the call; set by the client, else empty.
+        address: the server's; set by the client, else empty.
     """
 
     status: ClassVar[str] = "INTERNAL"
+    request_id: str = ""
+    address: str = ""
 
 
 class InvalidInput(VisionError):

@@ -146,8 +146,12 @@ def test_16_bit_grey_png_with_alpha_and_with_a_colour_key():
 
 
 def test_bmp_alpha_counts_where_the_header_has_a_mask_for_it():
-    data = cv2.imencode(".bmp", np.dstack([RGB[..., ::-1], ALPHA]))[1].tobytes()
+    pixels = np.dstack([RGB[..., ::-1], ALPHA])[::-1].tobytes()
+    head = struct.pack("<2sIIIIiiHHI", b"BM", 122 + len(pixels), 0, 122, 108, W, H, 1, 32, 3)
+    masks = struct.pack("<20x4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    data = (head + masks).ljust(122, b"\0") + pixels
     assert np.abs(decode_image(data) - on_white(PICTURE_RGBA)).max() <= 1
+    np.testing.assert_array_equal(decode_image(save(PICTURE_RGBA, "BMP")), RGB)  # a header without masks
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -199,7 +203,7 @@ def test_names_what_is_accepted():
 
 
 def test_float_tiff_is_refused_with_its_reason():
-    data = cv2.imencode(".tiff", RGB.astype(np.float32) / 255)[1].tobytes()
+    data = save(PICTURE.convert("F"), "TIFF")
     with pytest.raises(InvalidImage, match="32 bits a sample"):
         decode_image(data)
 

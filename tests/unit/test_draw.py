@@ -55,7 +55,7 @@ def test_boxes_are_drawn_where_they_are():
 
 def test_names_stay_inside_the_image():
     where = changed(annotate(GREY, detections([[2, 2, 120, 100]])))
-    assert where[2:12, 4:60].mean() > 0.9  # the name's background
+    assert where[2:12, 4:60].mean() > 0.8  # the name's background; its letters' edges may be grey
 
 
 def test_classes_have_colours_of_their_own():

@@ -39,6 +39,7 @@ MASKS = {
 each_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within pycocotools' decode
 @each_mask
 def test_rle_agrees_with_pycocotools_both_ways(mask):
     counts = masks.encode_rle(mask)

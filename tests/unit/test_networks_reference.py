@@ -126,3 +126,28 @@ def test_memory_format_and_batch_do_not_matter(name):
     for a, b, c in zip(*as_tuple, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a[1:2], c, atol=1e-4, rtol=1e-4)
+
+
+def in_half(name):
+    """Outputs in float32 and in half precision, on the reference's image."""
+    image, network = reference(name)["image"], served(name)
+    return run(network, image), run(network.half(), image)
+
+
+def test_half_precision_finds_the_same_boxes():
+    (boxes, scores), (half_boxes, half_scores) = in_half("nanodet_g")
+    assert half_boxes.dtype == half_scores.dtype == torch.float32
+    torch.testing.assert_close(half_scores, scores, atol=5e-3, rtol=0)
+    torch.testing.assert_close(half_boxes, boxes, atol=0.5, rtol=0)  # pixels of 416
+
+
+def test_half_precision_draws_the_same_mask():
+    (logits,), (half_logits,) = in_half("selfie_segmentation")
+    assert half_logits.dtype == torch.half
+    assert ((logits > 0) != (half_logits > 0)).float().mean() < 1e-3
+
+
+def test_half_precision_makes_the_same_image():
+    (image,), (half_image,) = in_half("esrgan_slim_x2")
+    assert half_image.dtype == torch.half
+    torch.testing.assert_close(half_image.float(), image, atol=1 / 255, rtol=0)

@@ -228,7 +228,8 @@ def test_boxes_round_trip(mode, hw):
     there = boxes_to_input(boxes, meta)
     back = boxes_to_original(there, meta)
     assert back.dtype == there.dtype == np.float32
-    np.testing.assert_allclose(back, boxes, atol=max(hw) * 1e-6, rtol=1e-5)
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(there).max() / min(meta.scale_xy)
+    np.testing.assert_allclose(back, boxes, atol=rounding, rtol=0)
 
 
 def test_boxes_empty_and_clipped():
@@ -265,7 +266,7 @@ def test_a_mask_sent_there_comes_back(mode, hw):
         class_map_to_original((plane > 0.5).astype(np.uint8), meta, 0) == 1,
     ):
         union = (found | expected).sum()
-        assert (found & expected).sum() / union > 0.93
+        assert (found & expected).sum() / union > 0.9
 
 
 def test_planes_return_exactly_what_was_sent():

@@ -83,7 +83,7 @@ class ServedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.half()` casts every buffer, but 255 - mean loses bits in half: these stay float32 wherever they go.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._set_constants(self.mean.device)
         return self
 

@@ -84,7 +84,7 @@ def to_error(failure: Failure, address: str, attempts: int = 1) -> VisionError:
         note repeats for whoever reads a traceback.
     """
     error = _error(failure)
-    error.__dict__.update(request_id=failure.request_id, address=address)
+    error.request_id, error.address = failure.request_id, address
     request = f", request {failure.request_id}" if failure.request_id else ""
     error.add_note(f"{failure.status} from {address}{request}, attempt {attempts}")
     return error

@@ -2,7 +2,7 @@
 
 A reply to Segment carries masks, not the model's class table. The `SegmentationMap` that is made of it has a table
 that reaches up to the highest id in the reply, with empty names for classes that are not in the image; pixels of no
-segment are `VOID`, whether the model has a background class or not. `get_model` has the whole table.
+segment are the background class, or `VOID` where the model has none. `get_model` has the whole table.
 """
 
 from __future__ import annotations
@@ -74,14 +74,16 @@ def read_detections(response: pb.DetectResponse, request_id: str = "") -> Result
 def read_segments(response: pb.SegmentResponse, request_id: str = "") -> Result[SegmentationMap]:
     """The answer of Segment, whichever way its masks are written."""
     size_hw = (response.info.image_height, response.info.image_width)
-    class_map = np.full(size_hw, VOID, np.uint8)
-    names = [""] * (1 + max((segment.class_id for segment in response.segments), default=-1))
+    background_id = response.background_id if response.HasField("background_id") else None
+    ids = [segment.class_id for segment in response.segments]
+    names = [""] * (1 + max(ids if background_id is None else [*ids, background_id], default=-1))
     if len(names) > VOID:
         raise ValueError(f"class ids must be below {VOID}, got {len(names) - 1}")
+    class_map = np.full(size_hw, VOID if background_id is None else background_id, np.uint8)
     for segment in response.segments:
         names[segment.class_id] = segment.class_name
         class_map[_mask(segment.mask, size_hw)] = segment.class_id
-    return _result(SegmentationMap(class_map, tuple(names)), response.info, request_id)
+    return _result(SegmentationMap(class_map, tuple(names), background_id), response.info, request_id)
 
 
 def read_image(response: pb.TranslateResponse, request_id: str = "") -> Result[TranslatedImage]:

@@ -201,7 +201,7 @@ def _tiff(data: bytes) -> ImageHeader:
             if (tags[starts].astype(np.uint64) + lengths).max() > len(data) or lengths.sum() < packed_bytes:
                 raise _truncated("_tiff")
     # Pillow does not read 16-bit grey with alpha; its alpha is ignored rather than the file refused.
-    has_alpha = 338 in tags and photometric in (0, 1, 2) and (samples == 4 or (samples, depth) == (2, 8))
+    has_alpha = (photometric, samples) == (2, 4) or (photometric in (0, 1) and (samples, depth) == (2, 8))
     return ImageHeader("TIFF", height, width, needs_pillow=has_alpha or photometric == 8)
 
 

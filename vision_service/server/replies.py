@@ -92,7 +92,7 @@ def write_segments(result: Result[SegmentationMap], encoding: MaskEncoding = "co
         The reply.
     """
     segments = [_segment(segment, encoding) for segment in segments_of(result.prediction)]
-    return pb.SegmentResponse(segments=segments, info=_info(result))
+    return pb.SegmentResponse(segments=segments, info=_info(result), background_id=result.prediction.background_id)
 
 
 def write_image(

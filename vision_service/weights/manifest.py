@@ -52,12 +52,13 @@ def known_models(manifests: Sequence[Path] = ()) -> dict[str, ModelSpec]:
     models: dict[str, ModelSpec] = {}
     for path in (embedded_manifest(), *manifests):
         for spec in read_manifest(path):
-            first = origins.setdefault((spec.name, spec.version), path)
-            if first is not path or any(m.name == spec.name and m.version == spec.version for m in models.values()):
+            key = (spec.name, spec.version)
+            if key in origins:
                 raise ConfigError(
-                    f"{path}: model {spec.name!r} version {spec.version!r} is already in {first}; "
+                    f"{path}: model {spec.name!r} version {spec.version!r} is already in {origins[key]}; "
                     "give one of them another name or version"
                 )
+            origins[key] = path
             if spec.name in models:
                 older = models.pop(spec.name)
                 models[f"{older.name}@{older.version}"] = older
