@@ -2,8 +2,10 @@
 
 import json
 import logging
+import struct
 import threading
 import time
+import zlib
 
 import grpc
 import numpy as np
@@ -51,13 +53,14 @@ def vision(channel):
     return pb_grpc.VisionServiceStub(channel)
 
 
-def png_header(width, height):
-    """A PNG that claims a size and stops there."""
-    import struct
-    import zlib
+def png(width, height, *, whole=True):
+    """A PNG that claims a size and has hardly a pixel to show for it."""
 
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"") if whole else header
 
 
 def encoded(data, **fields):
@@ -77,7 +80,8 @@ BAD = {
     "empty bytes": (encoded(b""), "INVALID_ARGUMENT", "empty"),
     "text": (encoded(b"hello, is this an image?"), "INVALID_ARGUMENT", "image"),
     "truncated JPEG": (encoded(truncated_jpeg()), "INVALID_ARGUMENT", "truncated"),
-    "huge PNG header": (encoded(png_header(60000, 60000)), "INVALID_ARGUMENT", "60000"),
+    "huge PNG": (encoded(png(60000, 60000)), "INVALID_ARGUMENT", "60000 x 60000 is 3600000000 pixels; at most"),
+    "huge PNG, header only": (encoded(png(60000, 60000, whole=False)), "INVALID_ARGUMENT", "truncated PNG file"),
     "raw of wrong length": (
         pb.ClassifyRequest(image=pb.Image(raw=pb.RawImage(height=4, width=4, channels=3, data=b"123"))),
         "INVALID_ARGUMENT",

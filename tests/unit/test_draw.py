@@ -61,6 +61,15 @@ def test_names_stay_inside_the_image():
 def test_classes_have_colours_of_their_own():
     drawn = annotate(GREY, detections([[20, 60, 120, 180], [160, 60, 260, 180]]))
     assert (drawn[120, 20] != drawn[120, 160]).any()
+    alone = annotate(GREY, detections([[20, 60, 120, 180]]))
+    np.testing.assert_array_equal(drawn[120, 20], alone[120, 20])
+
+
+def test_the_highest_score_is_on_top():
+    box = [50, 80, 250, 180]
+    np.testing.assert_array_equal(
+        annotate(GREY, detections([box, box]))[130, 50], annotate(GREY, detections([box]))[130, 50]
+    )
 
 
 def test_masks_are_translucent_and_keep_to_their_class():

@@ -75,6 +75,12 @@ def test_bad_rle_raises_value_error(counts, hw):
         masks.decode_rle(counts, hw)
 
 
+def test_characters_that_rle_never_uses_are_named():
+    for counts in (b"\x00", b"9\x7f", b"o"):
+        with pytest.raises(ValueError, match="a character out of place"):
+            masks.decode_rle(counts, (3, 3))
+
+
 def test_random_bytes_as_rle_do_no_harm():
     rng = np.random.default_rng(5)
     good = masks.encode_rle(MASKS["blobs"])

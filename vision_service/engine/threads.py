@@ -58,9 +58,11 @@ class ThreadBudget:
         )
 
     def apply(self) -> None:
-        """Set OpenCV to one thread a call and torch to the runtime's share, for the whole process."""
+        """Set OpenCV to one thread a call, and silent, and torch to the runtime's share, for the whole process."""
         import cv2
         import torch
 
         cv2.setNumThreads(1)
+        # What is wrong with an image is said to its sender, not on stderr.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         torch.set_num_threads(self.runtime_threads)

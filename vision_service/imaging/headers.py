@@ -71,14 +71,14 @@ def read_header(data: bytes) -> ImageHeader:
     Raises:
         InvalidImage: empty, of no accepted format, damaged, or recognisably cut off.
     """
-    reader = next((reader for magic, reader in _READERS if data.startswith(magic)), None)
-    if reader is None or (reader is _webp and data[8:12] != b"WEBP"):
+    name, reader = next(((name, reader) for magic, name, reader in _READERS if data.startswith(magic)), (None, None))
+    if name is None or reader is None or (name == "WebP" and data[8:12] != b"WEBP"):
         raise InvalidImage(f"{_kind(data)}; {ACCEPTED}")
     try:
         header = reader(data)
     except (struct.error, IndexError, ValueError, OverflowError):
         # Each reader only looks at fixed places and follows lengths: a miss is a place behind the end.
-        raise _truncated(reader.__name__) from None
+        raise _truncated(name) from None
     if header.height < 1 or header.width < 1:
         raise InvalidImage(f"damaged {header.format} file: it says {header.width} x {header.height} pixels")
     return header
@@ -104,9 +104,8 @@ def _is_utf8(start: bytes) -> bool:
     return True
 
 
-def _truncated(name: str) -> InvalidImage:
-    label = {"_webp": "WebP"}.get(name, name.strip("_").upper())
-    return InvalidImage(f"truncated {label} file: it ends before its picture does; send all of its bytes")
+def _truncated(name: ImageFormat) -> InvalidImage:
+    return InvalidImage(f"truncated {name} file: it ends before its picture does; send all of its bytes")
 
 
 def _jpeg(data: bytes) -> ImageHeader:
@@ -128,7 +127,7 @@ def _jpeg(data: bytes) -> ImageHeader:
         if code == 0xDA and size is not None:
             # Within compressed data FF is followed by 00 or a restart marker, so this is no pixel by chance.
             if not data.endswith(_JPEG_END) and data.find(_JPEG_END, position) < 0:
-                raise _truncated("_jpeg")
+                raise _truncated("JPEG")
             return ImageHeader("JPEG", *size)
     raise InvalidImage("damaged JPEG file: no picture in it")
 
@@ -143,7 +142,7 @@ def _png(data: bytes) -> ImageHeader:
         position += 12 + length
         if position > len(data):
             # OpenCV 5 allocates what a chunk claims to hold, gigabytes of it, before it reads.
-            raise _truncated("_png")
+            raise _truncated("PNG")
         has_key = has_key or name == b"tRNS"
         if name == b"IEND":
             # Pillow clips 16-bit grey, so its colour key (one grey value) is ignored rather than the picture spoilt.
@@ -155,7 +154,7 @@ def _png(data: bytes) -> ImageHeader:
 def _webp(data: bytes) -> ImageHeader:
     riff_bytes, _, name = struct.unpack_from("<I4s4s", data, 4)
     if len(data) < riff_bytes + 8:
-        raise _truncated("_webp")
+        raise _truncated("WebP")
     if name == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
         return ImageHeader("WebP", height & 0x3FFF, width & 0x3FFF)
@@ -180,7 +179,7 @@ def _bmp(data: bytes) -> ImageHeader:
         has_alpha = depth == 32 and has_masks and struct.unpack_from("<I", data, 66)[0] != 0
     height = abs(height)  # negative: rows from the top
     if compression in (0, 3, 6) and len(data) < offset + (width * depth + 31) // 32 * 4 * height:
-        raise _truncated("_bmp")
+        raise _truncated("BMP")
     return ImageHeader("BMP", height, width, needs_pillow=has_alpha)
 
 
@@ -199,7 +198,7 @@ def _tiff(data: bytes) -> ImageHeader:
         if starts in tags and sizes in tags and len(tags[starts]) == len(tags[sizes]):
             lengths = tags[sizes].astype(np.uint64)
             if (tags[starts].astype(np.uint64) + lengths).max() > len(data) or lengths.sum() < packed_bytes:
-                raise _truncated("_tiff")
+                raise _truncated("TIFF")
     # Pillow does not read 16-bit grey with alpha; its alpha is ignored rather than the file refused.
     has_alpha = (photometric, samples) == (2, 4) or (photometric in (0, 1) and (samples, depth) == (2, 8))
     return ImageHeader("TIFF", height, width, needs_pillow=has_alpha or photometric == 8)
@@ -227,19 +226,19 @@ def _tiff_tags(data: bytes) -> dict[int, NDArray[np.unsignedinteger[Any]]]:
         tags[tag] = np.frombuffer(data, dtype, values, place)
     (next_page,) = struct.unpack_from(order + address, data, start + count * (4 + 2 * inline_bytes))
     if next_page >= len(data):
-        raise _truncated("_tiff")
+        raise _truncated("TIFF")
     return tags
 
 
 _TIFF_KINDS = {1: "u1", 3: "u2", 4: "u4", 16: "u8"}
 
-_READERS: tuple[tuple[bytes, Callable[[bytes], ImageHeader]], ...] = (
-    (b"\xff\xd8\xff", _jpeg),
-    (b"\x89PNG\r\n\x1a\n", _png),
-    (b"RIFF", _webp),
-    (b"BM", _bmp),
-    (b"II*\0", _tiff),
-    (b"MM\0*", _tiff),
-    (b"II+\0", _tiff),
-    (b"MM\0+", _tiff),
+_READERS: tuple[tuple[bytes, ImageFormat, Callable[[bytes], ImageHeader]], ...] = (
+    (b"\xff\xd8\xff", "JPEG", _jpeg),
+    (b"\x89PNG\r\n\x1a\n", "PNG", _png),
+    (b"RIFF", "WebP", _webp),
+    (b"BM", "BMP", _bmp),
+    (b"II*\0", "TIFF", _tiff),
+    (b"MM\0*", "TIFF", _tiff),
+    (b"II+\0", "TIFF", _tiff),
+    (b"MM\0+", "TIFF", _tiff),
 )

@@ -125,7 +125,7 @@ def class_map_to_original(class_map: UInt8Array, meta: ImageMeta, unseen: int) -
         np.clip(np.floor(points).astype(np.int64), start, stop - 1)
         for points, (start, stop) in ((rows, _content(meta, 0)), (columns, _content(meta, 1)))
     ]
-    result = class_map[np.ix_(*nearest)]
+    result = class_map.take(nearest[0], axis=0).take(nearest[1], axis=1)
     result[~_inside(rows, meta.input_hw[0])] = unseen
     result[:, ~_inside(columns, meta.input_hw[1])] = unseen
     return result

@@ -1,0 +1,95 @@
+"""The commands and programs in the README and the docs do what they say."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, run_server
+from vision_service.config.settings import ServerSettings
+
+PAGES = ["README.md", "docs/client.md"]
+SCRIPTS = Path(sys.executable).parent
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def port():
+    with run_server(ServerSettings.read(host="127.0.0.1", port=0, device="cpu")) as running:
+        yield running.port
+
+
+def run(command, folder, **kwargs):
+    environment = os.environ | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=100, **kwargs
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(ROOT / "samples", tmp_path / "samples")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "number"), [(page, i) for page in PAGES for i in range(len(blocks(page, "python")))])
+def test_programs_run(page, number, port, folder):
+    program = blocks(page, "python")[number].replace("localhost:50051", f"localhost:{port}")
+    printed = run([sys.executable, "-W", "error", "-c", program], folder)
+    if (page, number) == ("README.md", 0):
+        assert re.search(r"person 0\.7\d at \[", printed)
+        assert "('espresso'," in printed
+
+
+def commands():
+    lines = "\n".join(block for page in PAGES for block in blocks(page, "bash")).splitlines()
+    return [line for line in lines if line.startswith(("vision-service client", "vision-service models"))]
+
+
+def test_there_are_commands_to_run():
+    assert len(commands()) >= 2
+
+
+@pytest.mark.parametrize("line", commands())
+def test_client_commands_run(line, port, folder):
+    assert run(shlex.split(line.replace("localhost:50051", f"localhost:{port}")), folder)
+
+
+def test_predict_command_writes_pictures_and_results(folder):
+    (line,) = [line for block in blocks("README.md", "bash") for line in block.splitlines() if " predict " in line]
+    run(shlex.split(line), folder)
+    assert len((folder / "results" / "results.jsonl").read_text().splitlines()) == 3
+    assert len(list((folder / "results").rglob("*.png")) + list((folder / "results").rglob("*.jpg"))) == 3
+
+
+def test_the_settings_page_lists_every_setting():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    table = page.split("## Settings")[1].split("```toml")[0]
+    listed = {
+        name.split(".")[0]
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`([a-z_.NAME]+)`", row.split("|")[1])
+    }
+    assert listed == set(ServerSettings.model_fields)
+
+
+def test_the_example_settings_file_is_valid(tmp_path):
+    from vision_service.engine.build import resolve_specs
+
+    (tmp_path / "service.toml").write_text(blocks("docs/serving.md", "toml")[0])
+    settings = ServerSettings.read(tmp_path / "service.toml")
+    assert {spec.name: spec.batching.max_delay_ms for spec in resolve_specs(settings)} == {
+        "nanodet_g": 2.0,
+        "mobilenet_v2": 0.0,
+    }
