@@ -180,6 +180,8 @@ class Detections:
         class_ids: int64 ``[N]``.
         class_names: N names.
         scores: float32 ``[N]``, 0..1, descending.
+        mask_rles: N masks of the original's size as COCO's compressed run lengths (`imaging.masks.decode_rle` makes
+            pixels of them); ``None`` when the model makes no masks.
 
     Raises:
         ValueError: lengths differ, a box is not finite or has its corners crossed, a score is not a probability.
@@ -189,6 +191,7 @@ class Detections:
     class_ids: Int64Array
     class_names: tuple[str, ...]
     scores: Float32Array
+    mask_rles: tuple[bytes, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_rows("Detections", self.class_ids, self.class_names, self.scores)
@@ -198,6 +201,8 @@ class Detections:
             raise ValueError("Detections: a box is not finite")
         if not bool(np.all(self.boxes_xyxy[:, 2:] >= self.boxes_xyxy[:, :2])):
             raise ValueError("Detections: a box has x2 < x1 or y2 < y1")
+        if self.mask_rles is not None and len(self.mask_rles) != len(self.class_ids):
+            raise ValueError(f"Detections: got {len(self.mask_rles)} masks for {len(self.class_ids)} boxes")
 
     @classmethod
     def empty(cls) -> Self:

@@ -13,7 +13,7 @@ import torch
 from tests.helpers import tiny_spec
 from vision_service.backends.table import BACKENDS, create_backend
 from vision_service.errors import ConfigError, InferenceFailed
-from vision_service.imaging.preprocess import preprocess
+from vision_service.imaging.preprocess import content_hw, preprocess, stack
 from vision_service.types import PREDICTION_OF_TASK, VOID, Params, Task
 
 CLASSES = ("apple", "bear", "cup")
@@ -61,13 +61,17 @@ class BackendContract:
         """Inputs of one shape, uint8 [N, h, w, 3], and how to go back."""
         spec = self.backend.spec.preprocess
         pairs = [preprocess(image, spec) for image in images()]
-        if len({pixels.shape for pixels, _ in pairs}) > 1:  # native sizes do not stack
+        if len({pixels.shape for pixels, _ in pairs}) > 1 and not self.backend.mixes_sizes:
             pairs = [preprocess(images()[0][:, ::step].repeat(step, axis=1), spec) for step in (1, 2, 4)]
-        return torch.from_numpy(np.stack([pixels for pixels, _ in pairs])), [meta for _, meta in pairs]
+        return torch.from_numpy(stack([pixels for pixels, _ in pairs])), [meta for _, meta in pairs]
 
-    def outputs(self, pixels):
+    def outputs(self, pixels, sizes_hw=None):
         with torch.inference_mode():
-            return self.network(pixels)
+            return self.network(pixels, self.sizes_hw[: len(pixels)] if sizes_hw is None else sizes_hw)
+
+    @property
+    def sizes_hw(self):
+        return torch.tensor([content_hw(meta) for meta in self.prepared()[1]])
 
     def predict(self, *params):
         pixels, metas = self.prepared()
@@ -94,7 +98,7 @@ class BackendContract:
         batch = self.outputs(pixels)
         together = self.backend.postprocess(batch, metas, [Params()] * 3)
         for index in range(3):
-            single = self.outputs(pixels[index : index + 1])
+            single = self.outputs(pixels[index : index + 1], self.sizes_hw[index : index + 1])
             for one, many in zip(single, batch, strict=True):
                 torch.testing.assert_close(one[0], many[index], atol=1e-5, rtol=1e-5)
             rows = tuple(output[index : index + 1] for output in batch)
@@ -153,8 +157,8 @@ class BackendContract:
     def test_runtimes_can_take_the_network(self):
         pixels, _ = self.prepared()
         with torch.inference_mode():
-            exported = torch.export.export(self.network, (pixels,), strict=False)
-            for ours, theirs in zip(self.outputs(pixels), exported.module()(pixels), strict=True):
+            exported = torch.export.export(self.network, (pixels, self.sizes_hw), strict=False)
+            for ours, theirs in zip(self.outputs(pixels), exported.module()(pixels, self.sizes_hw), strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     def test_unknown_option_names_what_exists(self):

@@ -15,7 +15,7 @@ FLOORS = [
     {"server", "client", "evaluation"},
     {"engine"},
     {"backends", "runtimes"},
-    {"imaging", "networks", "weights", "wire"},
+    {"imaging", "networks", "weights", "wire", "zoo"},
     {"config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
@@ -61,7 +61,7 @@ def test_arrows_point_down(path):
 
 
 @pytest.mark.parametrize(
-    ("library", "allowed"), [("grpc", {"server", "client", "api"}), ("ultralytics", set()), ("torch", None)]
+    ("library", "allowed"), [("grpc", {"server", "client", "api"}), ("ultralytics", {"backends"}), ("torch", None)]
 )
 def test_only_some_rooms_use_a_library(library, allowed):
     users = {room_of(path) for path in rooms() if any(name.split(".")[0] == library for name in imports(path))}
@@ -69,6 +69,14 @@ def test_only_some_rooms_use_a_library(library, allowed):
         assert not users & {"types", "errors", "config", "client", "cli", "wire", "model_info"}
     else:
         assert users <= allowed
+
+
+def test_one_file_imports_ultralytics_and_not_when_it_is_imported():
+    users = [path for path in rooms() if any(name.split(".")[0] == "ultralytics" for name in imports(path))]
+    assert [path.name for path in users] in ([], ["ultralytics.py"])
+    for path in users:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [node for node in top if "ultralytics" in ast.unparse(node).split()]
 
 
 def test_the_batcher_knows_neither_torch_nor_grpc():

@@ -14,7 +14,6 @@ import torch
 from tests.helpers import ROOT
 from vision_service.backends.table import create_backend
 from vision_service.networks.nanodet import cell_centres, decode_boxes
-from vision_service.weights.load import load_weights
 from vision_service.weights.manifest import find_model
 
 
@@ -25,14 +24,12 @@ def reference(name):
 def served(name):
     """The network as it is served, normalisation included."""
     spec = find_model(name)
-    network = create_backend(spec).build().eval()
-    load_weights(network.network, spec)
-    return network
+    return create_backend(spec).build().eval()
 
 
 @torch.inference_mode()
 def run(network, image):
-    return network(torch.from_numpy(image)[None])
+    return network(torch.from_numpy(image)[None], torch.tensor([image.shape[:2]]))
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from vision_service.config import Letterbox, Limit, Native, PreprocessSpec, ShortestSideCrop, Stretch
 from vision_service.errors import InvalidImage
+from vision_service.imaging import preprocess as preprocessing
 from vision_service.imaging.decode import decode_image
 from vision_service.imaging.preprocess import (
     boxes_to_input,
@@ -30,7 +31,7 @@ MODES = {
     "letterbox top left": Letterbox(size_hw=(128, 96), align="top_left", fill=(1, 2, 3)),
     "letterbox no upscale": Letterbox(size_hw=(160, 160), upscale=False),
     "stretch": Stretch(size_hw=(80, 112)),
-    "limit": Limit(shortest_side=80, longest_side=133, pad_multiple=32, fill=(9, 8, 7)),
+    "limit": Limit(shortest_side=80, longest_side=133, pad_multiple=32),
     "native": Native(pad_multiple=16),
     "native as is": Native(),
 }
@@ -135,8 +136,8 @@ def test_limit_is_torchvisions(hw, shortest, longest):
 def test_limit_at_an_extreme_keeps_a_row():
     result, meta = preprocess(noise((1, 5000)), spec(MODES["limit"]))
     assert meta.input_hw == (32, 160)
-    assert (result[1:] == (9, 8, 7)).all()
-    assert (result[0, 133:] == (9, 8, 7)).all()
+    assert (result[1:] == 0).all()
+    assert (result[0, 133:] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -326,3 +327,18 @@ def test_planes_of_another_size_are_refused():
         plane_to_original(np.zeros((5, 5), np.float32), meta)
     with pytest.raises(ValueError, match="plane of the network's input"):
         class_map_to_original(np.zeros((5, 5), np.uint8), meta, 0)
+
+
+def test_stack_pads_smaller_inputs_right_and_below():
+    small, large = noise((3, 5)), noise((6, 4))
+    batch = preprocessing.stack([small, large])
+    assert batch.shape == (2, 6, 5, 3)
+    assert (batch[0, :3, :5] == small).all()
+    assert (batch[1, :6, :4] == large).all()
+    assert batch[0, 3:].sum() == batch[1, :, 4:].sum() == 0
+
+
+@pytest.mark.parametrize(("hw", "content"), [((100, 200), (66, 133)), ((60, 61), (80, 81)), ((7, 700), (1, 133))])
+def test_content_is_what_is_not_padding(hw, content):
+    _, meta = preprocess(noise(hw), spec(MODES["limit"]))
+    assert preprocessing.content_hw(meta) == content

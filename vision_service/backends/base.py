@@ -9,8 +9,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vision_service.config import ModelSpec, PreprocessSpec
+from vision_service.config import Limit, ModelSpec, PreprocessSpec
 from vision_service.types import ImageMeta, Params, Prediction, Task
+from vision_service.weights.load import load_weights
 
 
 class Backend(ABC):
@@ -21,10 +22,13 @@ class Backend(ABC):
 
     Attributes:
         task: what models of this backend do.
+        mixes_sizes: whether inputs of different sizes share a batch, padded right and bottom to the largest. The
+            network then gets the size of each picture as a second argument, int64 ``[N, 2]`` height and width.
         spec: the model it was made for.
     """
 
     task: ClassVar[Task]
+    mixes_sizes: ClassVar[bool] = False
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -53,9 +57,27 @@ class Backend(ABC):
             One prediction an image, in the order of ``metas``.
         """
 
-    def build(self) -> nn.Module:
-        """The network as it is run: uint8 RGB images in, a tuple of dense tensors out."""
-        return ServedNetwork(self.build_network(), self.spec.preprocess)
+    def load_weights(self, network: nn.Module) -> None:
+        """Fill a network with the spec's parameters. A family with a file format of its own overrides this.
+
+        Args:
+            network: from `build_network`.
+
+        Raises:
+            WeightsError: the file is missing, altered, or of another architecture.
+        """
+        load_weights(network, self.spec)
+
+    def build(self) -> ServedNetwork:
+        """The network as it is run, with its parameters: uint8 RGB images in, a tuple of dense tensors out.
+
+        Raises:
+            WeightsError: as in `load_weights`.
+        """
+        network = self.build_network()
+        if self.spec.weights is not None:
+            self.load_weights(network)
+        return ServedNetwork(network, self.spec.preprocess, with_sizes=self.mixes_sizes)
 
 
 class ServedNetwork(nn.Module):
@@ -64,14 +86,16 @@ class ServedNetwork(nn.Module):
     Args:
         network: takes normalised float ``[N, 3, h, w]``.
         preprocess: whose mean, std and colour order to apply.
+        with_sizes: give the network the pictures' sizes as a second argument.
     """
 
     mean: Tensor
     inverse_std: Tensor
 
-    def __init__(self, network: nn.Module, preprocess: PreprocessSpec) -> None:
+    def __init__(self, network: nn.Module, preprocess: PreprocessSpec, *, with_sizes: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.with_sizes = with_sizes
         self.preprocess = preprocess
         self._set_constants(torch.device("cpu"))
 
@@ -87,11 +111,12 @@ class ServedNetwork(nn.Module):
         self._set_constants(self.mean.device)
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
         """Normalise and run.
 
         Args:
             images: uint8 ``[N, h, w, 3]`` RGB.
+            sizes_hw: int64 ``[N, 2]``, how far each picture reaches; the rest is padding.
 
         Returns:
             The network's outputs, always as a tuple.
@@ -100,6 +125,16 @@ class ServedNetwork(nn.Module):
         if self.preprocess.color_order == "bgr":
             x = x.flip(1)
         parameter = next(self.network.parameters(), self.mean)
-        x = ((x.float() - self.mean) * self.inverse_std).to(parameter.dtype)
-        outputs = self.network(x.contiguous(memory_format=torch.channels_last))
+        x = (x.float() - self.mean) * self.inverse_std
+        if isinstance(self.preprocess.resize, Limit):
+            x = x * _inside(sizes_hw, x.shape[2], x.shape[3])
+        x = x.to(parameter.dtype).contiguous(memory_format=torch.channels_last)
+        outputs = self.network(x, sizes_hw) if self.with_sizes else self.network(x)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _inside(sizes_hw: Tensor, height: int, width: int) -> Tensor:
+    """True where the pictures are: bool ``[N, 1, height, width]``."""
+    rows = torch.arange(height, device=sizes_hw.device) < sizes_hw[:, :1]  # [N, height]
+    columns = torch.arange(width, device=sizes_hw.device) < sizes_hw[:, 1:]  # [N, width]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -2,6 +2,7 @@
 
 from vision_service.config.specs import (
     BatchingSpec,
+    FileSpec,
     Letterbox,
     Limit,
     ModelSpec,
@@ -14,6 +15,7 @@ from vision_service.config.specs import (
 
 __all__ = [
     "BatchingSpec",
+    "FileSpec",
     "Letterbox",
     "Limit",
     "ModelSpec",

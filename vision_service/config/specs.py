@@ -52,14 +52,14 @@ class Stretch(Spec):
 class Limit(Spec):
     """Bring the shortest side to a length unless the longest would pass its own limit; keep the aspect ratio.
 
-    Then pad right and bottom to a multiple (torchvision's detectors, Detectron).
+    Then pad right and bottom to a multiple. What is padded is zero after normalisation (torchvision's detectors,
+    Detectron).
     """
 
     mode: Literal["limit"] = "limit"
     shortest_side: Positive
     longest_side: Positive
     pad_multiple: Positive = 1
-    fill: RGB = (0, 0, 0)
 
 
 class Native(Spec):
@@ -116,20 +116,35 @@ class BatchingSpec(Spec):
     max_queued_bytes: Positive = 512 * 1024 * 1024
 
 
-class WeightsSpec(Spec):
-    """Where parameters lie and how to know they are the right ones.
+class FileSpec(Spec):
+    """A file: where it lies, where it comes from and how to know it is the right one.
 
     Attributes:
-        file: a path, or the name of a file next to the manifest.
-        sha256: of that file, lower-case hex.
-        licence: SPDX where there is one.
-        source: where it came from.
+        file: a path; in a manifest, relative to it; in a family of the zoo, the name of a file in the cache.
+        url: where to fetch it from; empty when it ships or is the user's own.
+        sha256: of its content, lower-case hex, or the first 8 or more digits where its publisher names no more;
+            empty when the publisher names none.
+        size_bytes: how long it is, where that is known.
     """
 
     file: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    url: str = ""
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""
+    size_bytes: Positive | None = None
+
+
+class WeightsSpec(FileSpec):
+    """Where parameters lie, and the terms they come with.
+
+    Attributes:
+        licence: SPDX where there is one.
+        source: where it came from, for people.
+        companions: further files that the backend needs beside the first, such as a network's configuration.
+    """
+
     licence: str
     source: str
+    companions: tuple[FileSpec, ...] = ()
 
 
 class ModelSpec(Spec):

@@ -13,7 +13,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from vision_service.backends.base import Backend, ServedNetwork
+from vision_service.backends.base import Backend
 from vision_service.backends.table import create_backend
 from vision_service.config import ModelSpec, Native
 from vision_service.engine.batcher import Batcher
@@ -25,11 +25,10 @@ from vision_service.errors import (
     ModelUnavailable,
     VisionError,
 )
-from vision_service.imaging.preprocess import preprocess
+from vision_service.imaging.preprocess import content_hw, preprocess, stack
 from vision_service.model_info import ModelInfo, ModelState
 from vision_service.runtimes import Forward, Runtime, TorchEager
 from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
-from vision_service.weights.load import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +176,8 @@ class ModelHost:
         """
         if self._batcher is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")
-        return self._batcher.submit(
-            prepared, key=prepared.pixels.shape, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s
-        )
+        key = None if self._backend is not None and self._backend.mixes_sizes else prepared.pixels.shape
+        return self._batcher.submit(prepared, key=key, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answer what is queued, take nothing new, free the network.
@@ -237,8 +235,6 @@ class ModelHost:
             self._precision = "fp16" if self._device.type == "cuda" else "fp32"
         self._backend = create_backend(spec)
         network = self._backend.build()
-        if spec.weights is not None:
-            load_weights(network.network if isinstance(network, ServedNetwork) else network, spec)
         example = self._example()
         self._forward = self._runtime.compile(network, torch.from_numpy(example.pixels).unsqueeze(0), self._precision)
         size = 1
@@ -257,7 +253,8 @@ class ModelHost:
         assert self._forward is not None, "set by load()"
         assert self._backend is not None, "set by load()"
         started_s = time.perf_counter()
-        outputs = self._forward(torch.from_numpy(np.stack([item.pixels for item in batch])))
+        sizes_hw = torch.tensor([content_hw(item.meta) for item in batch])
+        outputs = self._forward(torch.from_numpy(stack([item.pixels for item in batch])), sizes_hw)
         forward_s = time.perf_counter()
         with torch.inference_mode():
             predictions = self._backend.postprocess(

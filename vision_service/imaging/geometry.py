@@ -84,7 +84,7 @@ def plan(resize: Resize, height: int, width: int) -> Plan:
             ratio = min(resize.shortest_side / min(height, width), resize.longest_side / max(height, width))
             resized = (max(1, math.floor(height * ratio)), max(1, math.floor(width * ratio)))
             padded = _round_up(resized, resize.pad_multiple)
-            return Plan((0, 0), (height, width), resized, (0, 0), padded, resize.fill)
+            return Plan((0, 0), (height, width), resized, (0, 0), padded)
         case Native():
             padded = _round_up((height, width), resize.pad_multiple)
             return Plan((0, 0), (height, width), (height, width), (0, 0), padded, None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Literal, cast
 
@@ -49,6 +50,36 @@ def preprocess(image: UInt8Array, spec: PreprocessSpec) -> tuple[UInt8Array, Ima
     window = np.ascontiguousarray(image[top : top + window_height, left : left + window_width])
     resized = _resize(window, plan.resized_hw, spec.interpolation)
     return _place(resized, plan), plan.meta((height, width))
+
+
+def stack(inputs: Sequence[UInt8Array]) -> UInt8Array:
+    """Inputs as one batch; smaller ones are padded right and bottom with black.
+
+    Args:
+        inputs: N of uint8 ``[h, w, 3]``.
+
+    Returns:
+        uint8 ``[N, h, w, 3]`` of the largest height and the largest width.
+    """
+    if len({pixels.shape for pixels in inputs}) == 1:
+        return np.stack(inputs)
+    height, width = (max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1))
+    batch = np.zeros((len(inputs), height, width, 3), np.uint8)
+    for row, pixels in zip(batch, inputs, strict=True):
+        row[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return batch
+
+
+def content_hw(meta: ImageMeta) -> tuple[int, int]:
+    """How far the picture reaches in the network's input, from its top-left corner: the rest is padding.
+
+    Args:
+        meta: from `preprocess`.
+
+    Returns:
+        Height and width, pixels of the input.
+    """
+    return _content(meta, 0)[1], _content(meta, 1)[1]
 
 
 def boxes_to_original(boxes_xyxy: Float32Array, meta: ImageMeta) -> Float32Array:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Forward = Callable[[Tensor], tuple[Tensor, ...]]
-"""uint8 ``[N, h, w, 3]`` on the CPU in; dense tensors, batch first, on the runtime's device out."""
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""uint8 images ``[N, h, w, 3]`` and int64 sizes ``[N, 2]`` (height and width of each picture, the rest is padding), on
+the CPU, in; dense tensors, batch first, on the runtime's device out."""
 
 
 class Runtime(ABC):
@@ -29,8 +30,8 @@ class Runtime(ABC):
         """Make a network ready to run.
 
         Args:
-            network: takes uint8 ``[N, h, w, 3]`` RGB, returns a tuple of dense tensors.
-            example: an input of the kind it will see, uint8 ``[1, h, w, 3]``.
+            network: takes uint8 ``[N, h, w, 3]`` RGB and int64 sizes ``[N, 2]``, returns a tuple of dense tensors.
+            example: images of the kind it will see, uint8 ``[1, h, w, 3]``.
             precision: ``fp32`` or ``fp16``.
 
         Returns:

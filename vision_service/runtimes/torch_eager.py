@@ -28,9 +28,10 @@ class TorchEager(Runtime):
             module = module.half()
 
         @torch.inference_mode()
-        def forward(images: Tensor) -> tuple[Tensor, ...]:
+        def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
             try:
-                outputs: tuple[Tensor, ...] = module(images.to(self.device, non_blocking=True))
+                on_device = (tensor.to(self.device, non_blocking=True) for tensor in (images, sizes_hw))
+                outputs: tuple[Tensor, ...] = module(*on_device)
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
                 return outputs

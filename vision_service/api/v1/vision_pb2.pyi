@@ -167,20 +167,22 @@ class ClassifyResponse(_message.Message):
     def __init__(self, classes: _Optional[_Iterable[_Union[ScoredClass, _Mapping]]] = ..., info: _Optional[_Union[ResponseInfo, _Mapping]] = ...) -> None: ...
 
 class DetectRequest(_message.Message):
-    __slots__ = ("model", "image", "score_threshold", "iou_threshold", "max_detections", "classes")
+    __slots__ = ("model", "image", "score_threshold", "iou_threshold", "max_detections", "classes", "mask_encoding")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     SCORE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     IOU_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     MAX_DETECTIONS_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    MASK_ENCODING_FIELD_NUMBER: _ClassVar[int]
     model: ModelSelector
     image: Image
     score_threshold: float
     iou_threshold: float
     max_detections: int
     classes: ClassFilter
-    def __init__(self, model: _Optional[_Union[ModelSelector, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., score_threshold: _Optional[float] = ..., iou_threshold: _Optional[float] = ..., max_detections: _Optional[int] = ..., classes: _Optional[_Union[ClassFilter, _Mapping]] = ...) -> None: ...
+    mask_encoding: MaskEncoding
+    def __init__(self, model: _Optional[_Union[ModelSelector, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., score_threshold: _Optional[float] = ..., iou_threshold: _Optional[float] = ..., max_detections: _Optional[int] = ..., classes: _Optional[_Union[ClassFilter, _Mapping]] = ..., mask_encoding: _Optional[_Union[MaskEncoding, str]] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("x1", "y1", "x2", "y2")
@@ -195,16 +197,18 @@ class Box(_message.Message):
     def __init__(self, x1: _Optional[float] = ..., y1: _Optional[float] = ..., x2: _Optional[float] = ..., y2: _Optional[float] = ...) -> None: ...
 
 class Detection(_message.Message):
-    __slots__ = ("class_id", "class_name", "score", "box")
+    __slots__ = ("class_id", "class_name", "score", "box", "mask")
     CLASS_ID_FIELD_NUMBER: _ClassVar[int]
     CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     BOX_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     class_id: int
     class_name: str
     score: float
     box: Box
-    def __init__(self, class_id: _Optional[int] = ..., class_name: _Optional[str] = ..., score: _Optional[float] = ..., box: _Optional[_Union[Box, _Mapping]] = ...) -> None: ...
+    mask: Mask
+    def __init__(self, class_id: _Optional[int] = ..., class_name: _Optional[str] = ..., score: _Optional[float] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., mask: _Optional[_Union[Mask, _Mapping]] = ...) -> None: ...
 
 class DetectResponse(_message.Message):
     __slots__ = ("detections", "info")
