@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format protos fidelity clean
+.PHONY: help install demo test lint format protos fidelity train-segnet clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ protos: install ## Generate vision_service/api from protos/
 
 fidelity: install ## Compare with the reference implementations on ../shared/data and write docs/fidelity.md
 	$(BIN)/python scripts/fidelity.py
+
+train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
+	$(BIN)/python scripts/train_segnet.py
 
 clean: ## Remove .venv and everything generated
 	rm -rf $(VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

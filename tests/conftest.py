@@ -21,6 +21,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """What the person who runs the tests has in the cache of weights, and in its registry, changes no outcome."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISION_SERVICE_WEIGHTS_DIR", str(tmp_path_factory.mktemp("weights")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def samples() -> dict[str, bytes]:
     """The photos that ship with the project, by name."""

@@ -138,7 +138,7 @@ def choices(wanted: str, available: Iterable[str]) -> str:
         Such as ``did you mean 'cup'?`` or ``there are: 'a', 'b'``.
     """
     names = sorted(available)
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(wanted[:100], names, n=3, cutoff=0.6)  # its cost grows with the square
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}?"
     if not names:

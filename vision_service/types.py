@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -121,20 +122,30 @@ class ParamOverrides:
             if (value := getattr(self, name)) is not None
         }
         if self.classes:
-            chosen["class_ids"] = frozenset(class_id for item in self.classes for class_id in _ids(item, class_names))
+            ids = _ids_by_name(class_names)
+            wanted = set(self.classes)
+            chosen["class_ids"] = frozenset(i for item in wanted for i in _ids(item, class_names, ids))
         return replace(defaults, **chosen) if chosen else defaults
 
 
-def _ids(item: str | int, class_names: tuple[str, ...]) -> list[int]:
-    """The ids meant by a class name (ImageNet has two classes named 'crane') or by an id."""
+@lru_cache(maxsize=64)
+def _ids_by_name(class_names: tuple[str, ...]) -> dict[str, list[int]]:
+    """Ids of each name; ImageNet has two classes named 'crane'."""
+    ids: dict[str, list[int]] = {}
+    for index, name in enumerate(class_names):
+        ids.setdefault(name, []).append(index)
+    return ids
+
+
+def _ids(item: str | int, class_names: tuple[str, ...], ids: dict[str, list[int]]) -> list[int]:
+    """The ids meant by a class name or by an id."""
     if isinstance(item, int):
         if not 0 <= item < len(class_names):
             raise InvalidInput("classes", f"the model has class ids 0 to {len(class_names) - 1}, got {item}")
         return [item]
-    found = [index for index, name in enumerate(class_names) if name == item]
-    if not found:
-        raise InvalidInput("classes", f"the model has no class {item!r}; {choices(item, class_names)}")
-    return found
+    if item not in ids:
+        raise InvalidInput("classes", f"the model has no class {item[:100]!r}; {choices(item, class_names)}")
+    return ids[item]
 
 
 def _check_rows(what: str, class_ids: Int64Array, class_names: tuple[str, ...], scores: Float32Array) -> None:

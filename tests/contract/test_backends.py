@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import tiny_spec
+from tests.helpers import ROOT, tiny_spec
+from tests.onnx_files import tiny_onnx
 from vision_service.backends.table import BACKENDS, create_backend
 from vision_service.errors import ConfigError, InferenceFailed
 from vision_service.imaging.preprocess import content_hw, preprocess, stack
 from vision_service.types import PREDICTION_OF_TASK, VOID, Params, Task
 
 CLASSES = ("apple", "bear", "cup")
+WITH_BACKGROUND = ("__background__", "bear", "cup")
 
 
 def images() -> list[np.ndarray]:
@@ -173,6 +175,8 @@ class BackendContract:
 
 SMALL = {"resize": {"mode": "stretch", "size_hw": (64, 64)}}
 SMALL_LETTERBOX = {"resize": {"mode": "letterbox", "size_hw": (64, 64)}, "color_order": "bgr"}
+TINY_DECODER = {"decoder_channels": [8, 8, 8, 8, 8]}
+SMALL_LIMIT = {"resize": {"mode": "limit", "shortest_side": 64, "longest_side": 96, "pad_multiple": 32}}
 SMALL_NATIVE = {"resize": {"mode": "native", "pad_multiple": 4}}
 
 
@@ -182,6 +186,21 @@ def fields(backend, task, classes=CLASSES, preprocess=SMALL, **more):
 
 class TestTorchvisionClassifier(BackendContract):
     fields = fields("torchvision_classifier", "classify", options={"arch": "squeezenet1_1"})
+
+
+# Torchvision's own description of its suppression to torch.export is a step behind torch.
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated:FutureWarning")
+class TestTorchvisionDetector(BackendContract):
+    options: ClassVar = {"arch": "fasterrcnn_mobilenet_v3_large_320_fpn"}
+    fields = fields("torchvision_detector", "detect", WITH_BACKGROUND, SMALL_LIMIT, options=options)
+
+
+class TestTorchvisionSegmenter(BackendContract):
+    fields = fields("torchvision_segmenter", "segment", background_id=0, options={"arch": "fcn_resnet50"})
+
+
+class TestDarknet(BackendContract):
+    fields = fields("darknet", "detect", options={"cfg": str(ROOT / "tests" / "data" / "darknet_tiny.cfg")})
 
 
 class TestNanoDet(BackendContract):
@@ -194,6 +213,42 @@ class TestSelfieSegmentation(BackendContract):
 
 class TestEsrganSlim(BackendContract):
     fields = fields("esrgan_slim", "translate", classes=(), preprocess=SMALL_NATIVE, options={"features": 8})
+
+
+class TestTimm(BackendContract):
+    fields = fields("timm_classifier", "classify", options={"arch": "test_resnet"})
+
+
+class TestLeNet5(BackendContract):
+    fields = fields("lenet5", "classify", preprocess={"resize": {"mode": "stretch", "size_hw": (32, 32)}})
+
+
+class TestSmp(BackendContract):
+    fields = fields("smp", "segment", options={"encoder": "resnet18", "parameters": TINY_DECODER})
+
+
+class TestSegNet(BackendContract):
+    fields = fields("segnet", "segment", options={"width": 2})
+
+
+class TestPix2Pix(BackendContract):
+    fields = fields("pix2pix", "translate", classes=(), options={"width": 2, "levels": 5})
+
+
+class TestOnnxClassifier(BackendContract):
+    fields = fields("onnx_classifier", "classify", weights=tiny_onnx("classify"))
+
+
+class TestOnnxDetector(BackendContract):
+    fields = fields("onnx_detector", "detect", options={"head": "yolov8"}, weights=tiny_onnx("detect"))
+
+
+class TestOnnxSegmenter(BackendContract):
+    fields = fields("onnx_segmenter", "segment", weights=tiny_onnx("segment"))
+
+
+class TestOnnxTranslator(BackendContract):
+    fields = fields("onnx_translator", "translate", classes=(), weights=tiny_onnx("translate"))
 
 
 def test_every_built_in_backend_is_held_to_the_contract():

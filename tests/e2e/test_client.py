@@ -155,11 +155,13 @@ def test_both_clients_offer_the_same():
 
 def test_a_prediction_with_its_request_id(server, calls):
     server.scripted.script.append(giving(detect_response()))
-    result = calls(server.address, metadata=[("who", "me")])("detect", b"jpeg", model="net", max_detections=3)
+    choices = {"model": "net", "max_detections": 3, "mask_encoding": "png"}
+    result = calls(server.address, metadata=[("who", "me")])("detect", b"jpeg", **choices)
     assert result.prediction.boxes_xyxy.tolist() == [[1, 2, 3, 4]]
     assert (result.model_name, result.original_hw, result.request_id) == ("net", (4, 6), "id-7")
     (request,) = server.scripted.requests
     assert (request.model.name, request.max_detections, request.image.encoded) == ("net", 3, b"jpeg")
+    assert request.mask_encoding == pb.MASK_ENCODING_PNG
     assert server.scripted.metadata[0]["who"] == "me"
 
 

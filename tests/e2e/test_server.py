@@ -97,6 +97,21 @@ BAD = {
         "INVALID_ARGUMENT",
         "classes: the model has no class 'red 2x'; did you mean",
     ),
+    "endless model name": (
+        raw_request(1, model=pb.ModelSelector(name="a" * 30_000)),
+        "INVALID_ARGUMENT",
+        "model.name: has 30000 characters; names have at most 100",
+    ),
+    "endless class name": (
+        raw_request(1, classes=pb.ClassFilter(class_names=["b" * 30_000])),
+        "INVALID_ARGUMENT",
+        "classes: the model has no class 'bbb",
+    ),
+    "endless list of classes": (
+        raw_request(1, classes=pb.ClassFilter(class_ids=[1] * 6000)),
+        "INVALID_ARGUMENT",
+        "lists 6000 classes; at most 5000",
+    ),
     "unknown class id": (raw_request(1, classes=pb.ClassFilter(class_ids=[999])), "INVALID_ARGUMENT", "999"),
     "too many bytes": (encoded(b"\xff\xd8\xff" + bytes(1_500_000)), "INVALID_ARGUMENT", "1000000"),
     "message too large": (encoded(bytes(3_000_000)), "RESOURCE_EXHAUSTED", "message larger than max"),

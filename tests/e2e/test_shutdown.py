@@ -9,6 +9,7 @@ import time
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.e2e.test_server import raw_request
 from tests.helpers import PLUGINS, tiny_manifest
@@ -65,6 +66,38 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(serve, tmp_pa
     log = (tmp_path / "log").read_text()
     assert '"message": "stopped"' in log
     assert "Traceback" not in log
+
+
+def test_an_open_health_watch_does_not_hold_up_the_end(serve):
+    process, port, _ = serve("")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert process.wait(20) == 0
+        assert time.monotonic() - started < 15  # and not the drain timeout of 30 s
+
+
+def test_a_signal_while_loading_ends_without_serving(tmp_path):
+    gate = tmp_path / "gate"
+    manifest = tiny_manifest(tmp_path, tiny=f'options = {{gate = "{gate}"}}')
+    command = [sys.executable, "-m", "vision_service", "serve", "--port", "0", "--manifest", str(manifest)]
+    environment = os.environ | {"PYTHONPATH": str(PLUGINS)}
+    with subprocess.Popen(
+        [*command, "--model", "tiny"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while "log_format" not in process.stdout.readline():
+            pass
+        time.sleep(4)  # into the warm-up, which waits for the gate
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        gate.touch()
+        output, log = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "ready on" not in output
+        assert log.splitlines()[-1].endswith("stopped")
 
 
 def test_settings_come_from_the_environment_too(serve):

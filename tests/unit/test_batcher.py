@@ -1,5 +1,6 @@
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, wait
 
@@ -244,6 +245,69 @@ def test_deadline_is_checked_again_before_a_half_runs(make, executor):
     with pytest.raises(DeadlineExceeded):
         doomed.result(5)
     assert seen == [[1, 2], [1]]
+
+
+class Payload:
+    """Something whose life can be watched."""
+
+
+def test_nothing_keeps_a_payload_once_it_is_answered(make):
+    batcher = make(lambda payloads: [0] * len(payloads))
+    payload = Payload()
+    watch = weakref.ref(payload)
+    future = batcher.submit(payload)
+    del payload
+    future.result(5)
+    for _ in range(200):  # the thread that ran it is on its way back to waiting
+        if watch() is None:
+            break
+        time.sleep(0.01)
+    assert watch() is None
+
+
+def test_an_error_does_not_keep_the_payload_either(make, caplog):
+    caplog.set_level("CRITICAL", "vision_service.engine.batcher")  # pytest would keep the record, and all behind it
+
+    def execute(payloads):
+        raise ValueError("no")
+
+    payload = Payload()
+    watch = weakref.ref(payload)
+    future = make(execute).submit(payload)
+    del payload
+    error = future.exception(5)
+    for _ in range(200):
+        if watch() is None:
+            break
+        time.sleep(0.01)
+    assert isinstance(error, InferenceFailed)
+    assert watch() is None
+
+
+def test_a_callback_that_raises_anything_does_not_stop_the_thread(make, executor):
+    batcher = make(max_batch_size=8)
+    occupy(batcher, executor)
+    rude, polite = batcher.submit(1), batcher.submit(2)
+
+    def leave(_):
+        raise SystemExit("a callback left")
+
+    rude.add_done_callback(leave)
+    executor.gate.set()
+    with pytest.raises(InferenceFailed, match="interrupted"):
+        polite.result(5)
+    assert batcher.submit(3).result(5).value == 6
+
+
+def test_close_from_a_callback_does_not_wait_for_itself(make, executor):
+    batcher = make(max_batch_size=1)
+    first = occupy(batcher, executor)
+    closed = threading.Event()
+    first.add_done_callback(lambda _: (batcher.close(), closed.set()))
+    second = batcher.submit(1)
+    executor.gate.set()
+    assert closed.wait(5)
+    assert second.result(5).value == 2
 
 
 def test_close_runs_what_is_queued_and_refuses_the_rest(make, executor):

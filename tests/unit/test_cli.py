@@ -198,12 +198,14 @@ class TestModels:
         result = run("models", "list", "--manifest", manifest)
         assert result.exit_code == 0
         heading, *rows = result.stdout.splitlines()
-        assert heading.split() == ["name", "task", "version", "backend", "licence", "size", "default"]
+        columns = ["name", "task", "version", "family", "backend", "licence", "size", "here", "verified", "default"]
+        assert heading.split() == columns
         by_name = {row.split()[0]: row.split() for row in rows}
-        assert by_name["mobilenet_v2"][1:3] == ["classify", "1"]
-        assert by_name["mobilenet_v2"][4:] == ["BSD-3-Clause", "7.2", "MB", "yes"]
-        assert by_name["selfie_segmentation"][3] == "selfie_segmentation"  # nothing is cut or folded in a pipe
-        assert by_name["other"] == ["other", "classify", "2", "tiny", "-"]
+        assert by_name["mobilenet_v2"][1:4] == ["classify", "1", "embedded"]
+        assert by_name["mobilenet_v2"][5:9] == ["BSD-3-Clause", "7.2", "MB", "yes"]
+        assert by_name["mobilenet_v2"][-1] == "yes"
+        assert by_name["selfie_segmentation"][4] == "selfie_segmentation"  # nothing is cut or folded in a pipe
+        assert by_name["other"] == ["other", "classify", "2", "user", "tiny", "-", "yes"]
 
     def test_list_as_json_of_one_task(self, manifest):
         rows = json.loads(run("models", "list", "--task", "classify", "--json", "--manifest", manifest).stdout)
@@ -217,9 +219,9 @@ class TestModels:
         assert "version: 2\n" in run("models", "show", "other", "--manifest", manifest).stdout
 
     def test_show_unknown(self):
-        result = run("models", "show", "mobilenet_v3")
+        result = run("models", "show", "nanodet")
         assert result.exit_code == 2
-        assert result.stderr == "error: no model 'mobilenet_v3' is known; did you mean 'mobilenet_v2'?\n"
+        assert result.stderr == "error: no model 'nanodet' is known; did you mean 'nanodet_g'?\n"
 
 
 class TestErrors:

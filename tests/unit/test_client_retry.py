@@ -125,3 +125,8 @@ def test_error_keeps_what_the_status_says():
     assert full.retry_after_s == 0.25
     assert (vars(full)["request_id"], vars(full)["address"]) == ("abc", "host:1")
     assert full.__notes__ == ["RESOURCE_EXHAUSTED from host:1, request abc, attempt 3"]
+
+
+def test_an_endless_timeout_is_a_long_one():
+    for timeout_s in (float("inf"), 1e300):
+        assert 1e6 < Attempts(RetryPolicy(), timeout_s).start() < 1e7

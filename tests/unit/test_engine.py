@@ -1,7 +1,9 @@
 """Host, catalog and pipeline, on a tiny network that a third-party package brings."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import cv2
@@ -318,6 +320,129 @@ def test_one_name_serves_one_task(pipeline):
     other = tiny_spec(task="translate", backend="tiny_translate", version="2")
     with pytest.raises(ConfigError, match="registered for classify"):
         made.catalog.load(other)
+
+
+def test_loads_of_one_name_at_once_leave_one_host_and_no_threads(pipeline):
+    before = threading.active_count()
+    catalog = Catalog()
+    loaders = [threading.Thread(target=catalog.load, args=(tiny_spec(),)) for _ in range(4)]
+    for loader in loaders:
+        loader.start()
+    for loader in loaders:
+        loader.join(10)
+    assert len(catalog.hosts()) == 1
+    assert threading.active_count() == before + 2  # the host's own
+    assert catalog.close(5)
+    assert threading.active_count() == before
+
+
+def test_unload_waits_for_a_load_under_way(tmp_path):
+    gate, catalog = tmp_path / "gate", Catalog()
+    loader = threading.Thread(target=catalog.load, args=(tiny_spec(options={"gate": str(gate)}),))
+    loader.start()
+    while not BATCHES:
+        time.sleep(0.005)  # it is warming up
+    unloader = threading.Thread(target=catalog.unload, args=("tiny", "1"))
+    unloader.start()
+    time.sleep(0.05)
+    gate.touch()
+    for thread in (loader, unloader):
+        thread.join(10)
+    assert catalog.hosts() == []
+
+
+def test_a_closed_catalog_loads_no_more():
+    catalog = Catalog()
+    catalog.close()
+    with pytest.raises(ModelUnavailable, match="the service is stopping"):
+        catalog.load(tiny_spec())
+    assert catalog.hosts() == []
+
+
+def test_a_swapped_host_frees_its_network(pipeline):
+    made = pipeline()
+    old = made.catalog.find("tiny")
+    watch = weakref.ref(old._backend)
+    made.catalog.load(tiny_spec())
+    assert old.state is ModelState.DRAINING
+    gc.collect()
+    assert watch() is None
+
+
+def test_cancelled_calls_drop_their_image_and_count_until_a_worker_has_passed_them(pipeline):
+    blocked = threading.Event()
+    made = pipeline(decode_workers=1, max_decoding_jobs=3)
+    made.pool.submit(blocked.wait, 10)
+
+    class Watched(np.ndarray):
+        pass
+
+    watches = []
+    for _ in range(3):
+        image = red_image(9).view(Watched)
+        watches.append(weakref.ref(image))
+        made.submit(image, **CLASSIFY).cancel()
+        del image
+    assert [watch() for watch in watches] == [None] * 3
+    with pytest.raises(QueueFull):
+        made.submit(red_image(1), **CLASSIFY)
+    blocked.set()
+    while True:
+        try:
+            result = made.submit(red_image(1), **CLASSIFY).result(5)
+            break
+        except QueueFull:
+            time.sleep(0.005)
+    assert result.prediction.class_names == ("red 1",)
+    assert SEEN[9] == 0
+
+
+def test_finish_runs_ahead_of_images_that_wait_to_be_decoded(pipeline):
+    blocked = threading.Event()
+    made = pipeline(decode_workers=1)
+    first = made.submit(red_image(1), finish=lambda r: (threading.current_thread().name, r.model_name), **CLASSIFY)
+    made.pool.submit(blocked.wait, 10)  # behind the first image's decoding
+    thread, model = first.result(5)
+    blocked.set()
+    assert thread.startswith("finish")
+    assert model == "tiny"
+
+
+def test_finish_that_fails_or_comes_too_late(pipeline):
+    made = pipeline(tiny_spec(options={"sleep_s": 0.1}))
+
+    def broken(result):
+        raise KeyError("secret")
+
+    with pytest.raises(InferenceFailed, match="answer could not be written") as caught:
+        made.submit(red_image(1), finish=broken, **CLASSIFY).result(5)
+    assert "secret" not in str(caught.value)
+    ran = []
+    with pytest.raises(DeadlineExceeded):
+        made.submit(red_image(1), finish=ran.append, timeout_s=0.05, **CLASSIFY).result(5)
+    assert ran == []
+
+
+def test_calls_under_way_are_bounded_per_model(pipeline):
+    slow = threading.Event()
+    made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_queued_jobs": 2}))
+    futures = []
+    for _ in range(6):
+        futures.append(made.submit(red_image(1), finish=lambda _: slow.wait(10), **CLASSIFY))
+        while SEEN[1] < len(futures):
+            time.sleep(0.005)  # it leaves the queue; its answer is still to be written
+    with pytest.raises(QueueFull, match="6 calls to model tiny:1 are under way and the limit is 6"):
+        made.submit(red_image(1), **CLASSIFY)
+    slow.set()
+    assert [future.result(5) for future in futures] == [True] * 6
+
+
+def test_admission_is_given_back_when_a_call_is_refused(pipeline):
+    made = pipeline(max_decoding_jobs=1)
+    for _ in range(3):
+        with pytest.raises(InvalidInput):
+            made.submit(red_image(1), overrides=ParamOverrides(classes=("none",)), **CLASSIFY)
+    made.predict(red_image(1), **CLASSIFY)
 
 
 def test_close_answers_what_is_under_way(pipeline):

@@ -30,6 +30,7 @@ MODES = {
     "letterbox": Letterbox(size_hw=(96, 128)),
     "letterbox top left": Letterbox(size_hw=(128, 96), align="top_left", fill=(1, 2, 3)),
     "letterbox no upscale": Letterbox(size_hw=(160, 160), upscale=False),
+    "letterbox least": Letterbox(size_hw=(96, 128), pad_multiple=32),
     "stretch": Stretch(size_hw=(80, 112)),
     "limit": Limit(shortest_side=80, longest_side=133, pad_multiple=32),
     "native": Native(pad_multiple=16),
@@ -160,6 +161,29 @@ def test_letterbox_places(mode, hw, place, fill):
     result, meta = preprocess(white, spec(mode.model_copy(update={"fill": fill})))
     top, left, height, width = place
     expected = np.full((*mode.size_hw, 3), fill, np.uint8)
+    expected[top : top + height, left : left + width] = 255
+    np.testing.assert_array_equal(result, expected)
+    corners = np.array([[0, 0, hw[1], hw[0]]], np.float32)
+    np.testing.assert_allclose(boxes_to_input(corners, meta), [[left, top, left + width, top + height]], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "hw", "input_hw", "place"),
+    [
+        (Letterbox(size_hw=(128, 128), pad_multiple=32), (50, 100), (64, 128), (0, 0, 64, 128)),
+        (Letterbox(size_hw=(128, 128), pad_multiple=32), (100, 50), (128, 64), (0, 0, 128, 64)),
+        (Letterbox(size_hw=(128, 128), pad_multiple=32), (41, 100), (64, 128), (6, 0, 52, 128)),
+        (Letterbox(size_hw=(128, 128), pad_multiple=32), (9, 1000), (32, 128), (15, 0, 1, 128)),
+        (Letterbox(size_hw=(128, 128), pad_multiple=32, align="top_left"), (41, 100), (64, 128), (0, 0, 52, 128)),
+        (Letterbox(size_hw=(128, 128), pad_multiple=32, upscale=False), (10, 20), (32, 32), (11, 6, 10, 20)),
+        (Letterbox(size_hw=(100, 128), pad_multiple=32), (50, 100), (68, 128), (2, 0, 64, 128)),  # (100 - 64) % 32
+    ],
+    ids=str,
+)
+def test_letterbox_pads_no_more_than_the_multiple_asks(mode, hw, input_hw, place):
+    result, meta = preprocess(np.full((*hw, 3), 255, np.uint8), spec(mode))
+    top, left, height, width = place
+    expected = np.full((*input_hw, 3), 114, np.uint8)
     expected[top : top + height, left : left + width] = 255
     np.testing.assert_array_equal(result, expected)
     corners = np.array([[0, 0, hw[1], hw[0]]], np.float32)

@@ -40,6 +40,8 @@ def test_lists_and_nested_values_from_the_environment(monkeypatch):
         ('model.nothing.device = "cpu"', "model 'nothing', which is not served"),
         ('default_models.detect = "mobilenet_v2"', "which is a classify model"),
         ('default_models.detect = "nano"', "which is not served"),
+        ("models = []", "name at least one model"),
+        ('models = ["nanodet_g", "nanodet_g"]', "nanodet_g is named twice"),
         ("model.nanodet_g.batching.max_batch = 3", "batching.max_batch: Extra inputs"),
         ('device = "tpu"', "device: String should match"),
     ],
@@ -49,6 +51,11 @@ def test_mistakes_in_the_file_are_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         resolve_specs(ServerSettings.read(file))
+
+
+def test_default_of_a_model_that_is_named_with_its_version():
+    settings = ServerSettings.read(models=("mobilenet_v2@1",), default_models={"classify": "mobilenet_v2"})
+    assert [spec.name for spec in resolve_specs(settings)] == ["mobilenet_v2"]
 
 
 def test_missing_file_unknown_model_and_misspelt_variable(tmp_path, monkeypatch):

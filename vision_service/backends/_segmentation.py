@@ -10,7 +10,7 @@ from torch import Tensor
 from vision_service.backends._outputs import check_finite
 from vision_service.config import ModelSpec
 from vision_service.errors import InferenceFailed
-from vision_service.imaging.preprocess import plane_to_original
+from vision_service.imaging.preprocess import class_map_to_original, plane_to_original
 from vision_service.types import VOID, Float32Array, ImageMeta, Params, SegmentationMap, UInt8Array
 
 
@@ -67,8 +67,9 @@ def logits_to_maps(
         dropped = best < chosen.score_threshold
         if chosen.class_ids is not None:
             dropped |= ~np.isin(class_map, list(chosen.class_ids))
-        # Where the network never saw the original, every probability is 0: no class, even at threshold 0.
-        class_map[dropped | (best <= 0.0)] = nothing
+        # Where the network never saw the original (outside a centre crop) there is no class, even at threshold 0.
+        unseen = class_map_to_original(np.zeros(meta.input_hw, np.uint8), meta, unseen=1).astype(bool)
+        class_map[dropped | unseen] = nothing
         maps.append(SegmentationMap(class_map, spec.classes, spec.background_id))
     return maps
 

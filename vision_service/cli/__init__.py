@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vision_service import __version__
-from vision_service.cli import client, models, predict, serve
+from vision_service.cli import add, client, models, predict, serve, weights
 from vision_service.cli.failures import readable, show_tracebacks
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -19,7 +19,16 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 """Commands by name, in the order of ``--help``."""
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
-    "models": ("Which models there are.", {"list": models.list_models, "show": models.show}),
+    "models": (
+        "Which models there are, and their weights.",
+        {
+            "list": models.list_models,
+            "show": models.show,
+            "pull": weights.pull,
+            "verify": weights.verify,
+            "add": add.add,
+        },
+    ),
 }
 """Groups of commands: what they are about, and the commands."""
 

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vision_service.cli.options import TaskWord
+from vision_service.cli.options import Config, Manifests, TaskWord
+from vision_service.errors import ConfigError, choices
 
 if TYPE_CHECKING:
     from vision_service.config import ModelSpec
+    from vision_service.config.settings import ServerSettings
     from vision_service.model_info import ModelInfo
 
 Address = Annotated[str | None, typer.Option(help="host:port of a server to ask, instead of the manifests here.")]
-Manifests = Annotated[list[Path] | None, typer.Option("--manifest", help="Manifest of further models; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 _NOT_A_TERMINAL = 200
@@ -27,12 +28,24 @@ _NOT_A_TERMINAL = 200
 
 def list_models(
     task: Annotated[TaskWord | None, typer.Option(help="Only models for this task.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Only embedded, user, or a library's such as torchvision; repeatable.")
+    ] = None,
     address: Address = None,
+    config: Config = None,
     manifest: Manifests = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models that are known here, or that a server serves."""
-    rows = _known(manifest or []) if address is None else _served(address)
+    """List the models that are known here, and whether their weights are; or those that a server serves."""
+    if address is None:
+        from vision_service.config.settings import ServerSettings
+
+        settings = ServerSettings.read(config)
+        rows = _known(settings, manifest or list(settings.manifests), family or _families_at_a_glance())
+    elif family:
+        raise ConfigError("--family has no effect together with --address: a server does not tell families")
+    else:
+        rows = _served(address)
     if task is not None:
         rows = [row for row in rows if row["task"] == task]
     if as_json:
@@ -44,14 +57,18 @@ def list_models(
 def show(
     name: Annotated[str, typer.Argument(help="A model's name; name@version for one of several.")],
     address: Address = None,
+    config: Config = None,
     manifest: Manifests = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one model: its classes, preprocessing, limits and origin."""
+    """Show one model: its classes, preprocessing, limits, origin, and whether its weights are here."""
     if address is None:
+        from vision_service.config.settings import ServerSettings
         from vision_service.weights.manifest import find_model
 
-        fields = find_model(name, manifest or []).model_dump(mode="json")
+        settings = ServerSettings.read(config)
+        spec = find_model(name, manifest or settings.manifests, weights_dir=settings.weights_dir)
+        fields = spec.model_dump(mode="json") | _files(spec, settings.weights_dir)
     else:
         from vision_service.client import VisionClient
 
@@ -65,33 +82,69 @@ def show(
         typer.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
 
 
-def _known(manifests: list[Path]) -> list[dict[str, Any]]:
-    from vision_service.config.settings import EMBEDDED_MODELS
-    from vision_service.weights.manifest import known_models
+_AT_A_GLANCE = 300
+"""Models of a library that are listed without being asked for."""
 
-    specs = known_models(manifests)
+
+def _families_at_a_glance() -> list[str]:
+    """All families but those that would bury the others, which stderr names."""
+    from vision_service import zoo
+    from vision_service.weights.manifest import EMBEDDED, USER
+
+    counts = {family: len(names) for family, names in zoo.names().items()}
+    for family, count in counts.items():
+        if count > _AT_A_GLANCE:
+            typer.echo(f"{count} models of {family} are not listed; --family {family} lists them", err=True)
+    return [EMBEDDED, USER, *(family for family, count in counts.items() if count <= _AT_A_GLANCE)]
+
+
+def _known(settings: ServerSettings, manifests: list[Path], families: list[str]) -> list[dict[str, Any]]:
+    from vision_service import zoo
+    from vision_service.config.settings import EMBEDDED_MODELS
+    from vision_service.weights.manifest import EMBEDDED, USER, list_models
+
+    for family in families:
+        if family not in (every := (EMBEDDED, USER, *zoo.FAMILIES)):
+            raise ConfigError(f"no family {family!r}; {choices(family, every)}")
+    in_zoo = [family for family in zoo.FAMILIES if family in families]
+    models = list_models(manifests, weights_dir=settings.weights_dir, families=in_zoo)
+    tasks = {one.key: one.spec.task for one in models}
     defaults: dict[str, str] = {}
     for name in EMBEDDED_MODELS:
-        defaults.setdefault(specs[name].task, name)
+        defaults.setdefault(tasks[name], name)
     return [
         {
-            "name": name,
-            "task": str(spec.task),
-            "version": spec.version,
-            "backend": spec.backend,
-            "licence": spec.weights.licence if spec.weights else "",
-            "size_bytes": _size_bytes(spec),
-            "is_default": defaults.get(spec.task) == name,
+            "name": one.key,
+            "task": str(one.spec.task),
+            "version": one.spec.version,
+            "family": one.family,
+            "backend": one.spec.backend,
+            "licence": one.spec.weights.licence if one.spec.weights else "",
+            **_files(one.spec, settings.weights_dir),
+            "is_default": defaults.get(one.spec.task) == one.key,
         }
-        for name, spec in specs.items()
+        for one in models
+        if one.family in families
     ]
 
 
-def _size_bytes(spec: ModelSpec) -> int | None:
-    """Size of the weight file, or nothing when it is not here."""
-    if spec.weights is None or not (file := Path(spec.weights.file)).is_file():
-        return None
-    return file.stat().st_size
+def _files(spec: ModelSpec, weights_dir: Path) -> dict[str, Any]:
+    """Size, presence and what was compared, of all files of a model together."""
+    from vision_service.weights import verified
+    from vision_service.weights.pull import files_of
+
+    files = files_of(spec)
+    states = {verified.state(weights_dir, file) for file in files}
+    sizes = [Path(file.file).stat().st_size if Path(file.file).is_file() else file.size_bytes for file in files]
+    worst = next((state for state in _WORST_FIRST if state in states), "")
+    return {
+        "size_bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else None,
+        "here": "missing" not in states,
+        "verified": "" if worst == "missing" else worst,
+    }
+
+
+_WORST_FIRST = ("missing", "altered", "no hash", "not yet", "yes")
 
 
 def _served(address: str) -> list[dict[str, Any]]:
@@ -131,6 +184,6 @@ _HEADINGS = {"size_bytes": "size", "is_default": "default"}
 def _cell(key: str, value: Any) -> str:
     if key == "size_bytes":
         return "-" if value is None else f"{value / 1e6:.1f} MB"
-    if key == "is_default":
-        return "yes" if value else ""
+    if isinstance(value, bool):
+        return "yes" if value else ("no" if key == "here" else "")
     return str(value)

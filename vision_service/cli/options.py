@@ -31,6 +31,9 @@ Classes = Annotated[
     list[str] | None, typer.Option("--class", help="Class to keep, by name or by id; repeat for several.")
 ]
 
+Config = Annotated[Path | None, typer.Option(help="Settings file (TOML), as for serve.", dir_okay=False)]
+Manifests = Annotated[list[Path] | None, typer.Option("--manifest", help="Manifest of further models; repeatable.")]
+
 TAKES: dict[str, tuple[str, ...]] = {
     "classify": ("top_k", "score_threshold", "classes"),
     "detect": ("score_threshold", "iou_threshold", "max_detections", "classes"),

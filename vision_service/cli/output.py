@@ -7,11 +7,12 @@ The JSON of a result, one object an image:
     timings_ms             decode, preprocess, queue, forward, postprocess, and batch_size
     request_id             what the server's log calls it; left out in process
     classes                classify: [{class_id, class_name, score}], highest score first
-    detections             detect: [{class_id, class_name, score, box}], highest score first; box is [x1, y1, x2, y2]
-    segments               segment: [{class_id, class_name, area, box, mask}], largest first; mask is COCO's
-                           {size: [height, width], counts: text}, which pycocotools reads
+    detections             detect: [{class_id, class_name, score, box, mask}], highest score first; box is
+                           [x1, y1, x2, y2]; mask is left out by models that make none
+    segments               segment: [{class_id, class_name, area, box, mask}], largest first
     image                  translate: {height, width} of the output image
 
+A mask is COCO's {size: [height, width], counts: text}, which pycocotools reads.
 Scores are rounded to 6 digits, boxes to 2 and times to 3.
 """
 
@@ -29,7 +30,7 @@ def to_json(result: Result[Prediction]) -> dict[str, Any]:
     """A result as plain values; the keys stand above."""
     times = result.timings
     height, width = result.original_hw
-    task, found = _prediction(result.prediction)
+    task, found = _prediction(result.prediction, result.original_hw)
     return {
         "task": str(task),
         "model": result.model_name,
@@ -72,7 +73,7 @@ def to_line(result: Result[Prediction]) -> str:
             return f"image of {width}x{height} pixels"
 
 
-def _prediction(prediction: Prediction) -> tuple[Task, dict[str, Any]]:
+def _prediction(prediction: Prediction, size_hw: tuple[int, int]) -> tuple[Task, dict[str, Any]]:
     match prediction:
         case Classification() as found:
             return Task.CLASSIFY, {"classes": _rows(found)}
@@ -81,6 +82,8 @@ def _prediction(prediction: Prediction) -> tuple[Task, dict[str, Any]]:
             rows = [
                 {**row, "box": [round(edge, 2) for edge in box]} for row, box in zip(_rows(found), boxes, strict=True)
             ]
+            for row, rle in zip(rows, found.mask_rles or (), strict=False):
+                row["mask"] = _mask(rle, size_hw)
             return Task.DETECT, {"detections": rows}
         case SegmentationMap() as found:
             return Task.SEGMENT, {"segments": _segments(found)}
@@ -101,7 +104,11 @@ def _segments(found: SegmentationMap) -> list[dict[str, Any]]:
             "class_name": segment.class_name,
             "area": segment.area,
             "box": list(segment.box_xyxy),
-            "mask": {"size": list(segment.mask.shape), "counts": encode_rle(segment.mask).decode("ascii")},
+            "mask": _mask(encode_rle(segment.mask), segment.mask.shape),
         }
         for segment in segments_of(found)
     ]
+
+
+def _mask(rle: bytes, size_hw: tuple[int, ...]) -> dict[str, Any]:
+    return {"size": list(size_hw), "counts": rle.decode("ascii")}

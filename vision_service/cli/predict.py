@@ -33,8 +33,10 @@ def predict(
     An image that fails is listed at the end, with its reason, and does not stop the others; the exit code is then 1.
     """
     from vision_service.cli.files import find_images
+    from vision_service.cli.progress import Downloads
     from vision_service.cli.sink import ResultSink
-    from vision_service.engine.build import local_pipeline
+    from vision_service.config.settings import ServerSettings
+    from vision_service.engine.build import local_pipeline, pull_missing
 
     specs = _specs(task, model or [], manifest or [])
     overrides = options.read_overrides(
@@ -48,6 +50,8 @@ def predict(
     for spec in specs.values():  # a class that a model does not have shows now, not once an image
         overrides.resolve(spec.params, spec.classes)
     files = find_images(images)
+    with Downloads() as watcher:
+        pull_missing(list(specs.values()), ServerSettings.read(), watcher)
     with (
         local_pipeline(list(specs), device=device, manifests=manifest or []) as pipeline,
         ResultSink(output, as_json=as_json, total=len(files) * len(specs)) as sink,

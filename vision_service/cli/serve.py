@@ -18,17 +18,26 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Model to serve; repeat for several.")] = None,
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of further models; repeatable.")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="Model whose weight file may run code when it is loaded; repeatable.")
+    ] = None,
+    offline: Annotated[
+        bool | None, typer.Option("--offline/--online", help="Never fetch missing weights over the network.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
 ) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C, then drain.
 
-    Flags win over the environment (VISION_SERVICE_PORT=...), that over the file. Ready when "ready on" is printed.
+    Flags win over the environment (VISION_SERVICE_PORT=...), that over the file. Missing weights are fetched first,
+    which is told on stderr. Ready when "ready on" is printed.
     """
     import asyncio
 
+    from vision_service.cli.progress import Downloads
     from vision_service.config.settings import ServerSettings
+    from vision_service.engine.build import pull_missing, resolve_specs
     from vision_service.server.app import serve as run
     from vision_service.server.logs import set_up_logs
 
@@ -37,6 +46,8 @@ def serve(
         "port": port,
         "models": tuple(model) if model else None,
         "manifests": tuple(manifest) if manifest else None,
+        "trusted_models": tuple(trust) if trust else None,
+        "offline": offline,
         "device": device,
         "log_level": log_level.upper() if log_level else None,
         "log_format": log_format,
@@ -44,6 +55,8 @@ def serve(
     settings = ServerSettings.read(config, **{name: value for name, value in flags.items() if value is not None})
     set_up_logs(settings.log_level, settings.log_format)
     _print_settings(settings)
+    with Downloads() as watcher:
+        pull_missing(resolve_specs(settings), settings, watcher)
     raise typer.Exit(asyncio.run(run(settings, on_ready=_print_ready)))
 
 

@@ -79,6 +79,7 @@ class AsyncVisionClient:
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         classes: Classes = None,
+        mask_encoding: MaskEncoding = "coco_rle",
         color_order: ColorOrder = "rgb",
         timeout_s: float | None = None,
     ) -> Result[Detections]:
@@ -92,6 +93,7 @@ class AsyncVisionClient:
             iou_threshold=iou_threshold,
             max_detections=max_detections,
             classes=classes,
+            mask_encoding=mask_encoding,
             color_order=color_order,
         )
         return await self._transport.call("Detect", build, replies.read_detections, timeout_s)

@@ -56,6 +56,7 @@ def detect_request(
     iou_threshold: float | None = None,
     max_detections: int | None = None,
     classes: Classes = None,
+    mask_encoding: MaskEncoding = "coco_rle",
     color_order: ColorOrder = "rgb",
 ) -> pb.DetectRequest:
     """A call to Detect; see `VisionClient.detect`."""
@@ -63,6 +64,7 @@ def detect_request(
         model=pb.ModelSelector(name=model, version=version),
         image=image_message(image, color_order),
         classes=_class_filter(classes),
+        mask_encoding=_value("mask_encoding", mask_encoding, MASK_ENCODING_VALUES),
         **_chosen(score_threshold=score_threshold, iou_threshold=iou_threshold, max_detections=max_detections),
     )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_image
-from vision_service.imaging.masks import decode_png, decode_rle, from_polygons
+from vision_service.imaging.masks import decode_png, decode_rle, encode_rle, from_polygons
 from vision_service.model_info import ModelInfo
 from vision_service.types import (
     VOID,
@@ -59,14 +59,17 @@ def read_classification(response: pb.ClassifyResponse, request_id: str = "") -> 
 
 
 def read_detections(response: pb.DetectResponse, request_id: str = "") -> Result[Detections]:
-    """The answer of Detect."""
+    """The answer of Detect; masks become run lengths, whichever way they are written."""
     rows = response.detections
+    with_masks = any(row.HasField("mask") for row in rows)
+    size_hw = (response.info.image_height, response.info.image_width)
     boxes = [(row.box.x1, row.box.y1, row.box.x2, row.box.y2) for row in rows]
     detections = Detections(
         boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
         class_ids=np.array([row.class_id for row in rows], np.int64),
         class_names=tuple(row.class_name for row in rows),
         scores=np.array([row.score for row in rows], np.float32),
+        mask_rles=tuple(_rle(row.mask, size_hw) for row in rows) if with_masks else None,
     )
     return _result(detections, response.info, request_id)
 
@@ -126,6 +129,11 @@ def _result(prediction: Q, info: pb.ResponseInfo, request_id: str) -> Result[Q]:
         ),
         request_id=request_id,
     )
+
+
+def _rle(mask: pb.Mask, size_hw: tuple[int, int]) -> bytes:
+    pixels = _mask(mask, size_hw)  # also checks run lengths, which stay as they are
+    return mask.coco_rle.counts if mask.WhichOneof("encoding") == "coco_rle" else encode_rle(pixels)
 
 
 def _mask(mask: pb.Mask, size_hw: tuple[int, int]) -> NDArray[np.bool_]:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from vision_service.client.failures import Failure
 from vision_service.errors import DeadlineExceeded, InvalidInput
 
+LONGEST_S = 30 * 24 * 3600.0
+"""Longest deadline, seconds: gRPC takes endless ones for ones that have passed."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -96,7 +99,7 @@ class Attempts:
         self._policy = policy
         self._clock = clock
         self._draw = draw
-        self._deadline = clock() + timeout_s
+        self._deadline = clock() + min(timeout_s, LONGEST_S)
 
     def start(self) -> float:
         """Count one more attempt.

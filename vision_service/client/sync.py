@@ -111,6 +111,7 @@ class VisionClient:
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         classes: Classes = None,
+        mask_encoding: MaskEncoding = "coco_rle",
         color_order: ColorOrder = "rgb",
         timeout_s: float | None = None,
     ) -> Result[Detections]:
@@ -124,11 +125,12 @@ class VisionClient:
             iou_threshold: overlap above which the lower-scored box of the same class is dropped, 0..1.
             max_detections: at most so many boxes, 1 or more.
             classes: names and ids to keep; ``None`` keeps all.
+            mask_encoding: how masks travel, if the model makes them; ``polygon`` is not exact.
             color_order: of an array.
             timeout_s: instead of the client's.
 
         Returns:
-            Boxes in pixels of the image, highest score first.
+            Boxes in pixels of the image, highest score first, with a mask each if the model makes them.
 
         Raises:
             VisionError: see the class.
@@ -142,6 +144,7 @@ class VisionClient:
             iou_threshold=iou_threshold,
             max_detections=max_detections,
             classes=classes,
+            mask_encoding=mask_encoding,
             color_order=color_order,
         )
         return self._transport.call("Detect", build, replies.read_detections, timeout_s)

@@ -16,6 +16,7 @@ from vision_service.api.v1 import vision_pb2_grpc
 from vision_service.client.failures import failure_of, request_id_in, to_error
 from vision_service.client.replies import read_reply
 from vision_service.client.retry import Attempts, RetryPolicy
+from vision_service.errors import InvalidInput, ModelUnavailable
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ class Transport:
         self._settings = settings
         self._channel = settings.open(grpc)
         self._methods = _methods_of(self._channel)
+        self._closed = False
 
     def call(self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None) -> T:
         """Build a request, send it, again where that helps, and read the reply.
@@ -88,8 +90,10 @@ class Transport:
             VisionError: as the server raised it.
         """
         attempts = self._settings.attempts(timeout_s)
-        request = build()
+        request = build_request(build)
         while True:
+            if self._closed:
+                raise ModelUnavailable(f"the client of {self._settings.address} is closed; open another")
             try:
                 response, rpc = self._methods[method].with_call(
                     request, timeout=attempts.start(), metadata=self._settings.metadata
@@ -114,6 +118,7 @@ class Transport:
 
     def close(self) -> None:
         """Calls under way fail."""
+        self._closed = True
         self._channel.close()
 
 
@@ -124,14 +129,17 @@ class AsyncTransport:
         self._settings = settings
         self._channel = settings.open(grpc.aio)
         self._methods = _methods_of(self._channel)
+        self._closed = False
 
     async def call(
         self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None
     ) -> T:
         """See `Transport.call`."""
         attempts = self._settings.attempts(timeout_s)
-        request = await asyncio.to_thread(build)
+        request = await asyncio.to_thread(build_request, build)
         while True:
+            if self._closed:
+                raise ModelUnavailable(f"the client of {self._settings.address} is closed; open another")
             rpc = self._methods[method](request, timeout=attempts.start(), metadata=self._settings.metadata)
             try:
                 response = await rpc
@@ -156,7 +164,20 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Calls under way fail."""
+        self._closed = True
         await self._channel.close()
+
+
+def build_request(build: Callable[[], Any]) -> Any:
+    """A request; what does not fit into its fields is the caller's mistake.
+
+    Raises:
+        InvalidInput: a value has the wrong type or is too large for its field.
+    """
+    try:
+        return build()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput("", f"a value does not fit into the request: {error}") from error
 
 
 def _methods_of(channel: Any) -> dict[str, Any]:

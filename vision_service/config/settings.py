@@ -37,6 +37,10 @@ class ServerSettings(BaseSettings):
         manifests: manifests of further models (TOML files like the one in ``weights/``).
         default_models: for a task, the model that answers calls that name none; else the first of ``models``.
         model: per model name, fields of its spec to replace, such as ``batching.max_batch_size``.
+        weights_dir: the cache of weights, where the user's registry ``models.toml`` lies as well.
+        weights_mirror: where to fetch from instead of the hosts that specs name; see docs/weights.md.
+        offline: never use the network to fetch weights.
+        trusted_models: models whose weight files may run code when they are loaded (pickles), by name as in ``models``.
         device: where models run whose spec says ``auto``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         require_all_models: stop when a model cannot be loaded; otherwise serve the others.
         decode_workers: threads that decode and preprocess; 0 plans them from the usable cores.
@@ -60,6 +64,10 @@ class ServerSettings(BaseSettings):
     manifests: Annotated[tuple[Path, ...], NoDecode] = ()
     default_models: dict[Task, str] = {}
     model: dict[str, dict[str, Any]] = {}
+    weights_dir: Path = Field(default_factory=lambda: default_weights_dir())
+    weights_mirror: Annotated[str, Field(pattern=r"^([a-z][a-z0-9+.-]*://.*)?$")] = ""
+    offline: bool = False
+    trusted_models: Annotated[tuple[str, ...], NoDecode] = ()
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     require_all_models: bool = True
     decode_workers: Annotated[int, Field(ge=0)] = 0
@@ -102,10 +110,34 @@ class ServerSettings(BaseSettings):
             raise ConfigError(f"the environment is wrong: {error}") from None
         return settings
 
-    @field_validator("models", "manifests", mode="before")
+    @field_validator("models")
+    @classmethod
+    def _each_once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        if not models:
+            raise ValueError("name at least one model")
+        twice = sorted({name for name in models if models.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice")
+        return models
+
+    @field_validator("models", "manifests", "trusted_models", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("weights_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+def default_weights_dir() -> Path:
+    """The cache of weights where nothing else is set: ``VISION_SERVICE_WEIGHTS_DIR``, else below the user's cache."""
+    if chosen := os.environ.get(f"{ENV_PREFIX}WEIGHTS_DIR"):
+        return Path(chosen).expanduser().absolute()
+    # XDG Base Directory Specification: a relative path in the variable is to be ignored.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "vision-service" / "weights"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -33,13 +33,19 @@ class ShortestSideCrop(Spec):
 
 
 class Letterbox(Spec):
-    """Resize to fit inside a size, keeping the aspect ratio, and fill the rest with a colour."""
+    """Resize to fit inside a size, keeping the aspect ratio, and fill the rest with a colour.
+
+    With ``pad_multiple`` each side is padded by no more than the remainder: the smallest rectangle that a network of that
+    stride takes, if the size is a multiple of it (Ultralytics' ``auto``). Images of unequal shape then make inputs of
+    unequal size, which do not share a batch.
+    """
 
     mode: Literal["letterbox"] = "letterbox"
     size_hw: SizeHW
     align: Literal["center", "top_left"] = "center"
     fill: RGB = (114, 114, 114)
     upscale: bool = True
+    pad_multiple: Positive | None = None
 
 
 class Stretch(Spec):
@@ -78,7 +84,8 @@ class PreprocessSpec(Spec):
     Attributes:
         resize: which geometry.
         interpolation: ``antialias`` is a triangle filter widened by the scale (what Pillow and torchvision's reference
-            transforms do), ``bilinear`` samples four pixels (OpenCV's INTER_LINEAR), ``area`` averages.
+            transforms do), ``bicubic_antialias`` the same with Keys' cubic (a = -0.5), ``bilinear`` samples four pixels
+            (OpenCV's INTER_LINEAR), ``area`` averages.
         color_order: what the network was trained on.
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
@@ -86,7 +93,7 @@ class PreprocessSpec(Spec):
     """
 
     resize: Resize
-    interpolation: Literal["antialias", "bilinear", "area"] = "antialias"
+    interpolation: Literal["antialias", "bicubic_antialias", "bilinear", "area"] = "antialias"
     color_order: Literal["rgb", "bgr"] = "rgb"
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)
@@ -162,6 +169,8 @@ class ModelSpec(Spec):
         params: defaults for what a call may choose.
         batching: how calls join into batches.
         weights: parameters; ``None`` leaves the network as it was initialised (tests).
+        trusted: whether the weight file may run code while it is loaded, which only some formats need (pickles that
+            are more than tensors); set by ``serve --trust NAME`` and the setting ``trusted_models``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto`` is fp32 on a CPU and fp16 on a GPU.
     """
@@ -177,6 +186,7 @@ class ModelSpec(Spec):
     params: Params = Params()
     batching: BatchingSpec = BatchingSpec()
     weights: WeightsSpec | None = None
+    trusted: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["auto", "fp32", "fp16"] = "auto"
 

@@ -56,6 +56,7 @@ class Batcher(Generic[T, R]):
         self._next_expiry_s = FOREVER_S
         self._running = False
         self._closing = False
+        self._batch_jobs = 0  # in the batch that runs
         self._job_s = 0.0  # moving average of the executor's time per job, seconds
         self._threads = [
             threading.Thread(target=self._run_forever, name=f"{name}-run", daemon=True),
@@ -108,7 +109,9 @@ class Batcher(Generic[T, R]):
                 self._next_expiry_s = job.deadline_s
                 self._expiry.notify()
             self._work.notify()
-        job.future.add_done_callback(lambda future: self._forget(job) if future.cancelled() else None)
+        # By its number: a caller that keeps the future must not keep the payload with it.
+        number = id(job)
+        job.future.add_done_callback(lambda future: self._forget(key, number) if future.cancelled() else None)
         return job.future
 
     def close(self, timeout_s: float | None = None) -> bool:
@@ -123,14 +126,15 @@ class Batcher(Generic[T, R]):
         with self._lock:
             self._closing = True
             self._work.notify_all()
+            if threading.current_thread() in self._threads:  # from a callback: what is queued runs after it
+                return not self._queue
             drained = self._idle.wait_for(lambda: not self._queue and not self._running, timeout_s)
             left = [] if drained else self._queue.remove(list(self._queue))
             self._work.notify_all()
             self._expiry.notify_all()
         self._fail(left, ModelUnavailable(f"{self._name} was stopped before this call's turn came; call again"))
         for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout_s)
+            thread.join(timeout_s)
         return drained
 
     def _check_room(self, nbytes: int) -> None:
@@ -138,13 +142,15 @@ class Batcher(Generic[T, R]):
             raise ModelUnavailable(f"{self._name} is stopping; call again in a moment")
         why = self._queue.why_full(nbytes)
         if why is not None:
-            retry_after_s = max(0.01, self._job_s * len(self._queue) / 2)  # half the queue: room, and no idle gap
+            # The batch that runs and half of the queue: then there is room, and no idle gap.
+            ahead = self._batch_jobs + len(self._queue) / 2
+            retry_after_s = max(0.02, self._job_s * ahead)
             message = f"the queue of {self._name} is full: {why}; call again in {retry_after_s:.2f} s"
             raise QueueFull(message, retry_after_s)
 
-    def _forget(self, job: Job[T, R]) -> None:
+    def _forget(self, key: Hashable, number: int) -> None:
         with self._lock:
-            self._queue.remove([job])
+            self._queue.discard(key, number)
             self._notify_if_idle()
 
     def _notify_if_idle(self) -> None:
@@ -185,12 +191,17 @@ class Batcher(Generic[T, R]):
             started_s = time.monotonic()
             try:
                 self._run(batch, started_s)
-            finally:
-                with self._lock:
-                    self._running = False
-                    seconds = (time.monotonic() - started_s) / len(batch)
-                    self._job_s = seconds if self._job_s == 0 else 0.8 * self._job_s + 0.2 * seconds
-                    self._notify_if_idle()
+            except BaseException as error:  # a caller's callback may raise anything; others wait for this thread
+                logger.exception("%s: a callback of a finished call raised", self._name)
+                unanswered = [job for job in batch if not job.future.done()]
+                self._fail(unanswered, InferenceFailed(f"{self._name} was interrupted ({type(error).__name__})"))
+            seconds = (time.monotonic() - started_s) / len(batch)
+            del batch  # while this thread waits for the next one, nothing keeps these images
+            with self._lock:
+                self._running = False
+                self._batch_jobs = 0
+                self._job_s = seconds if self._job_s == 0 else 0.8 * self._job_s + 0.2 * seconds
+                self._notify_if_idle()
 
     def _next_batch(self) -> list[Job[T, R]] | None:
         """Wait for a batch that is due; ``None`` when closing and nothing is left."""
@@ -200,7 +211,9 @@ class Batcher(Generic[T, R]):
                 key, due_s = self._queue.due(now_s, hurry=self._closing)
                 if due_s <= now_s:
                     self._running = True
-                    return self._queue.take(key)
+                    batch = self._queue.take(key)
+                    self._batch_jobs = len(batch)
+                    return batch
                 if self._closing and not self._queue:
                     return None
                 self._work.wait(None if due_s == FOREVER_S else due_s - now_s)
@@ -242,5 +255,7 @@ class Batcher(Generic[T, R]):
         if not isinstance(error, VisionError):
             failure = InferenceFailed(f"{self._name} failed on this image ({type(error).__name__}); the log says more")
             failure.__cause__ = error
+            error.__traceback__ = None  # was logged; its frames hold the image
             error = failure
+        error.__traceback__ = None
         self._fail(jobs, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,36 +16,64 @@ from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import pick_device
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import ThreadBudget, usable_cores
-from vision_service.errors import ConfigError, choices
+from vision_service.errors import ConfigError, WeightsError, choices
 from vision_service.imaging.decode import DecodeLimits
+from vision_service.weights.download import FetchOptions, Watcher
 from vision_service.weights.manifest import find_model
+from vision_service.weights.pull import pull, wanted
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_specs(settings: ServerSettings) -> list[ModelSpec]:
-    """The specs to serve: from the manifests, with the settings' replacements.
+    """The specs to serve: from the manifests and the zoo, with the settings' replacements.
 
     Raises:
         ConfigError: a model is unknown, a replacement is for a model that is not served, or it does not fit.
     """
+    for name in settings.trusted_models:
+        if name not in settings.models:
+            raise ConfigError(f"trusted_models has {name!r}, which is not served; {choices(name, settings.models)}")
     for name in settings.model:
         if name not in settings.models:
             raise ConfigError(f"settings for model {name!r}, which is not served; {choices(name, settings.models)}")
-    for task, name in settings.default_models.items():
-        if name not in settings.models:
-            raise ConfigError(
-                f"default_models.{task} is {name!r}, which is not served; {choices(name, settings.models)}"
-            )
     specs = []
     for name in settings.models:
-        spec = replace_fields(find_model(name, settings.manifests), settings.model.get(name, {}))
+        found = find_model(name, settings.manifests, weights_dir=settings.weights_dir)
+        spec = replace_fields(found, settings.model.get(name, {}))
+        if name in settings.trusted_models:
+            spec = replace_fields(spec, {"trusted": True})
         if spec.device == "auto":
             spec = replace_fields(spec, {"device": settings.device})
         specs.append(spec)
     for task, name in settings.default_models.items():
-        found = next(spec for spec in specs if spec.name == name)
-        if found.task is not task:
-            raise ConfigError(f"default_models.{task} is {name!r}, which is a {found.task} model")
+        default = next((spec for spec in specs if spec.name == name), None)
+        if default is None:
+            near = choices(name, {spec.name for spec in specs})
+            raise ConfigError(f"default_models.{task} is {name!r}, which is not served; {near}")
+        if default.task is not task:
+            raise ConfigError(f"default_models.{task} is {name!r}, which is a {default.task} model")
     return specs
+
+
+def pull_missing(specs: Sequence[ModelSpec], settings: ServerSettings, watcher: Watcher | None = None) -> None:
+    """Fetch the weight files that models miss.
+
+    Args:
+        specs: from `resolve_specs`.
+        settings: where from and where to; unless all models are required, a failure is logged and the model will fail
+            to load.
+        watcher: told what happens; the log without one.
+
+    Raises:
+        WeightsError: a file could not be had and all models are required; says which and what to do next.
+    """
+    try:
+        pull(wanted(specs), FetchOptions.from_settings(settings), watcher)
+    except WeightsError as error:
+        if settings.require_all_models:
+            raise
+        logger.error("%s", error)
 
 
 def replace_fields(spec: ModelSpec, replacements: Mapping[str, Any]) -> ModelSpec:
@@ -104,7 +133,7 @@ def local_pipeline(
     """A pipeline in this process with models loaded; closed on the way out.
 
     Args:
-        models: names in the manifests.
+        models: names in the manifests and the zoo; missing weights are fetched.
         device: where models run whose spec says ``auto``.
         manifests: manifests of further models.
 
@@ -114,6 +143,7 @@ def local_pipeline(
     settings = ServerSettings.read(models=tuple(models), device=device, manifests=tuple(manifests))
     specs = resolve_specs(settings)
     with build_pipeline(settings, specs) as pipeline:
+        pull_missing(specs, settings)
         for spec in specs:
             pipeline.catalog.load(spec)
         yield pipeline

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from vision_service.config import ModelSpec
 from vision_service.engine.host import ModelHost
-from vision_service.errors import ConfigError, InvalidInput, ModelNotFound, choices
+from vision_service.errors import ConfigError, InvalidInput, ModelNotFound, ModelUnavailable, choices
 from vision_service.model_info import ModelInfo, ModelState
 from vision_service.types import Task
 
@@ -34,6 +34,8 @@ class Catalog:
     def __init__(self, defaults: Mapping[Task, str] | None = None) -> None:
         self._defaults = dict(defaults or {})
         self._lock = threading.Lock()
+        self._changing = threading.Lock()  # one load, unload or close at a time
+        self._closed = False
         self._hosts: dict[str, dict[str, ModelHost]] = {}
 
     def load(self, spec: ModelSpec) -> ModelHost:
@@ -45,16 +47,19 @@ class Catalog:
         Raises:
             VisionError: it could not be loaded. Where there was none before, it is listed as FAILED.
         """
-        host = ModelHost(spec)
-        with self._lock:
-            self._check_task(spec)
-            old = self._hosts.setdefault(spec.name, {}).setdefault(spec.version, host)
-        host.load()
-        if old is not host:
+        with self._changing:
+            if self._closed:
+                raise ModelUnavailable(f"model {spec.name!r} is not loaded: the service is stopping")
+            host = ModelHost(spec)
             with self._lock:
-                self._hosts[spec.name][spec.version] = host
-            old.close()
-        return host
+                self._check_task(spec)
+                old = self._hosts.setdefault(spec.name, {}).setdefault(spec.version, host)
+            host.load()
+            if old is not host:
+                with self._lock:
+                    self._hosts[spec.name][spec.version] = host
+                old.close()
+            return host
 
     def unload(self, name: str, version: str) -> None:
         """Take a model out and drain it.
@@ -62,12 +67,13 @@ class Catalog:
         Raises:
             ModelNotFound: there is no such model.
         """
-        with self._lock:
-            host = self._find(name, version)
-            del self._hosts[name][version]
-            if not self._hosts[name]:
-                del self._hosts[name]
-        host.close()
+        with self._changing:
+            with self._lock:
+                host = self._find(name, version)
+                del self._hosts[name][version]
+                if not self._hosts[name]:
+                    del self._hosts[name]
+            host.close()
 
     def get(self, task: Task, name: str = "", version: str = "") -> ModelHost:
         """The host that answers a call.
@@ -119,11 +125,13 @@ class Catalog:
             return any(host.state is ModelState.READY for host in versions.values())
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Drain every model.
+        """Drain every model and load no more. A load under way is waited for: it cannot be stopped half-way.
 
         Returns:
             Whether everything queued was answered in time.
         """
+        with self._changing:
+            self._closed = True
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         drained = True
         for host in self.hosts():

@@ -23,6 +23,7 @@ from vision_service.errors import (
     DeviceOutOfMemory,
     InferenceFailed,
     ModelUnavailable,
+    QueueFull,
     VisionError,
 )
 from vision_service.imaging.preprocess import content_hw, preprocess, stack
@@ -153,6 +154,14 @@ class ModelHost:
                 why = f" ({self._state_reason})" if self._state_reason else ""
                 raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
             self._batcher.check_room()
+            batching = self.spec.batching
+            most = batching.max_queued_jobs + 4 * batching.max_batch_size
+            if self._admitted >= most:  # decoding, running and being written included
+                raise QueueFull(
+                    f"{self._admitted} calls to model {self.label} are under way and the limit is {most}; "
+                    "call again in 0.10 s",
+                    retry_after_s=0.1,
+                )
             self._admitted += 1
 
     def release(self) -> None:

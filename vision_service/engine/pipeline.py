@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vision_service.engine.admission import Admission
+from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import Answer, ModelHost, Prepared
 from vision_service.engine.queue import Ride
@@ -28,25 +28,7 @@ from vision_service.errors import (
 from vision_service.imaging.decode import DecodeLimits, decode_image, from_array, from_raw
 from vision_service.imaging.preprocess import preprocess
 from vision_service.imaging.source import ImageInput, RawPixels
-from vision_service.types import ParamOverrides, Params, Prediction, Result, Task, Timings, UInt8Array
-
-
-@dataclass(eq=False, slots=True)
-class _Call:
-    """One image on its way."""
-
-    image: ImageInput
-    host: ModelHost
-    params: Params
-    deadline_s: float | None
-    result: Future[Result[Any]] = field(default_factory=Future)
-    decode_ms: float = 0.0
-    preprocess_ms: float = 0.0
-    original_hw: tuple[int, int] = (0, 0)
-
-    def fail(self, error: BaseException) -> None:
-        if self.result.set_running_or_notify_cancel():
-            self.result.set_exception(error)
+from vision_service.types import ParamOverrides, Result, Task, UInt8Array
 
 
 class Pipeline:
@@ -74,11 +56,13 @@ class Pipeline:
         self.catalog = catalog
         self._limits = limits or DecodeLimits()
         self._pool = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        # Not the decoders' pool: what is nearly done would wait there behind everything that has just come in.
+        self._finishers = ThreadPoolExecutor(decode_workers, thread_name_prefix="finish")
         self._admission = Admission(max_decoding_jobs, max_decoding_bytes)
 
     @property
     def pool(self) -> ThreadPoolExecutor:
-        """The workers, for other work on pixels (encoding masks)."""
+        """The workers that decode and preprocess."""
         return self._pool
 
     def submit(
@@ -90,7 +74,8 @@ class Pipeline:
         version: str = "",
         overrides: ParamOverrides | None = None,
         timeout_s: float | None = None,
-    ) -> Future[Result[Any]]:
+        finish: Callable[[Result[Any]], Any] | None = None,
+    ) -> Future[Any]:
         """Start one image.
 
         Args:
@@ -100,9 +85,12 @@ class Pipeline:
             version: which version; empty: the newest.
             overrides: what this call chooses.
             timeout_s: seconds from now; past it the image never reaches the device.
+            finish: last work on the result, such as encoding masks. It runs on threads of its own, ahead of images
+                that still wait to be decoded, and counts as part of the call.
 
         Returns:
-            The result to come; its exception is a `VisionError`. Cancelling it takes the image out of the queues.
+            The result to come, or what ``finish`` makes of it; its exception is a `VisionError`. Cancelling it takes
+            the image out of the queues.
 
         Raises:
             ModelNotFound, ModelUnavailable, InvalidInput, QueueFull: at once, before work goes into the image.
@@ -114,7 +102,8 @@ class Pipeline:
             params = (overrides or ParamOverrides()).resolve(host.spec.params, host.spec.classes)
             self._admission.enter(nbytes)
             undo.callback(self._admission.leave, nbytes)
-            call = _Call(image, host, params, None if timeout_s is None else time.monotonic() + timeout_s)
+            deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+            call = Call(image, host, params, deadline_s, finish)
             try:
                 waiting = self._pool.submit(self._prepare, call)
             except RuntimeError:  # the pool was shut down
@@ -122,7 +111,9 @@ class Pipeline:
             undo.pop_all()
         waiting.add_done_callback(lambda _: self._admission.leave(nbytes))
         call.result.add_done_callback(lambda _: host.release())
-        call.result.add_done_callback(lambda result: waiting.cancel() if result.cancelled() else None)
+        call.result.add_done_callback(
+            lambda _: call.drop_image()
+        )  # a cancelled call must not keep it in the pool's queue
         return call.result
 
     def predict(
@@ -136,9 +127,10 @@ class Pipeline:
         timeout_s: float | None = None,
     ) -> Result[Any]:
         """One image, start to end. Arguments and errors as in `submit`."""
-        return self.submit(
+        result: Result[Any] = self.submit(
             image, task=task, model=model, version=version, overrides=overrides, timeout_s=timeout_s
         ).result()
+        return result
 
     def predict_many(
         self,
@@ -171,7 +163,9 @@ class Pipeline:
             Whether everything was answered in time.
         """
         self._pool.shutdown(wait=True)
-        return self.catalog.close(timeout_s)
+        drained = self.catalog.close(timeout_s)
+        self._finishers.shutdown(wait=True)
+        return drained
 
     def __enter__(self) -> Pipeline:
         return self
@@ -203,7 +197,7 @@ class Pipeline:
                 failed.set_exception(error)
                 return failed
 
-    def _prepare(self, call: _Call) -> None:
+    def _prepare(self, call: Call) -> None:
         """Decode and preprocess on a worker, then queue. Every way out answers the call."""
         try:
             if call.result.cancelled():
@@ -218,7 +212,7 @@ class Pipeline:
             call.decode_ms = 1000 * (decoded_s - started_s)
             call.preprocess_ms = 1000 * (done_s - decoded_s)
             call.original_hw = meta.original_hw
-            call.image = b""  # not needed any more, and it may be large
+            call.drop_image()
             riding = call.host.submit(Prepared(pixels, meta, call.params), call.deadline_s)
         except VisionError as error:
             call.fail(error)
@@ -227,8 +221,37 @@ class Pipeline:
             failure.__cause__ = error
             call.fail(failure)
         else:
-            riding.add_done_callback(lambda ride: _arrive(call, ride))
+            riding.add_done_callback(lambda ride: self._arrive(call, ride))
             call.result.add_done_callback(lambda result: riding.cancel() if result.cancelled() else None)
+
+    def _arrive(self, call: Call, ride: Future[Ride[Answer]]) -> None:
+        """Answer a call with what the batcher made of it. Runs on the model's thread, so it only passes work on."""
+        if ride.cancelled():
+            return
+        error = ride.exception()
+        if error is not None:
+            call.fail(error)
+        elif call.finish is None:
+            call.succeed(call.outcome(ride.result()))
+        else:
+            self._finishers.submit(self._finish, call, call.outcome(ride.result()))
+
+    def _finish(self, call: Call, result: Result[Any]) -> None:
+        """The last work on a result, unless nobody waits for it any more."""
+        if call.result.cancelled() or call.finish is None:
+            return
+        try:
+            if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
+                raise DeadlineExceeded("the deadline passed before the answer was written")
+            done = call.finish(result)
+        except VisionError as error:
+            call.fail(error)
+        except Exception as error:
+            failure = InferenceFailed(f"the answer could not be written ({type(error).__name__}); the log says more")
+            failure.__cause__ = error
+            call.fail(failure)
+        else:
+            call.succeed(done)
 
     def _decode(self, image: ImageInput) -> UInt8Array:
         if isinstance(image, bytes):
@@ -245,31 +268,6 @@ class Pipeline:
             return decode_image(path.read_bytes(), self._limits)
         except OSError as error:
             raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _arrive(call: _Call, ride: Future[Ride[Answer]]) -> None:
-    """Turn a batcher's answer into the call's result."""
-    if ride.cancelled():
-        return
-    error = ride.exception()
-    if error is not None:
-        call.fail(error)
-        return
-    travelled = ride.result()
-    answer = travelled.value
-    if not call.result.set_running_or_notify_cancel():
-        return
-    timings = Timings(
-        decode_ms=call.decode_ms,
-        preprocess_ms=call.preprocess_ms,
-        queue_ms=1000 * travelled.queue_s,
-        forward_ms=answer.forward_ms,
-        postprocess_ms=answer.postprocess_ms,
-        batch_size=travelled.batch_size,
-    )
-    spec = call.host.spec
-    result: Result[Prediction] = Result(answer.prediction, call.original_hw, spec.name, spec.version, timings)
-    call.result.set_result(result)
 
 
 def _outcome(future: Future[Result[Any]]) -> Result[Any] | VisionError:

@@ -121,6 +121,12 @@ class JobQueue(Generic[T, R]):
             removed.append(job)
         return removed
 
+    def discard(self, key: Hashable, number: int) -> None:
+        """Take out the job that `id` numbers so; nothing when it is not in any more."""
+        waiting = self._by_key.get(key)
+        if waiting is not None and number in waiting:
+            self.remove([waiting[number]])
+
     def remove_expired(self, now_s: float) -> list[Job[T, R]]:
         """Take out the jobs whose deadline has passed."""
         return self.remove([job for job in self if job.expired(now_s)])

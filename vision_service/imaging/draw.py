@@ -8,6 +8,7 @@ from typing import Any, cast
 import cv2
 import numpy as np
 
+from vision_service.imaging.masks import decode_rle
 from vision_service.types import (
     VOID,
     Classification,
@@ -32,11 +33,12 @@ def annotate(image: UInt8Array, prediction: Prediction) -> UInt8Array:
         prediction: in pixels of that image.
 
     Returns:
-        uint8 ``[H, W, 3]`` RGB: boxes with names and scores, a translucent mask per class with a legend, or the
-        likeliest classes as lines of text. A `TranslatedImage` is returned as it is, in its own size.
+        uint8 ``[H, W, 3]`` RGB: boxes with names and scores, over translucent masks where there are any; a translucent
+        mask per class with a legend; or the likeliest classes as lines of text. A `TranslatedImage` is returned as it
+        is, in its own size.
 
     Raises:
-        ValueError: a segmentation map of another size than the image.
+        ValueError: a segmentation map, or the mask of an object, of another size than the image.
     """
     match prediction:
         case Detections():
@@ -65,7 +67,7 @@ def _draw_detections(image: UInt8Array, prediction: Detections) -> UInt8Array:
         for name, score in zip(prediction.class_names[::-1], prediction.scores[::-1].tolist(), strict=True)
     ]
     scale, thickness = _text_scale(image), _line_width(image)
-    scene = sv.BoxAnnotator(color=_palette(), thickness=thickness).annotate(_bgr(image), detections)
+    scene = sv.BoxAnnotator(color=_palette(), thickness=thickness).annotate(_with_masks(image, prediction), detections)
     writer = sv.LabelAnnotator(
         color=_palette(),
         text_color=sv.Color.BLACK,
@@ -75,6 +77,24 @@ def _draw_detections(image: UInt8Array, prediction: Detections) -> UInt8Array:
         smart_position=True,  # otherwise the name of a box at the upper edge is cut off
     )
     return _rgb(writer.annotate(scene, detections, labels))
+
+
+def _with_masks(image: UInt8Array, prediction: Detections) -> UInt8Array:
+    """BGR, with the objects' masks. One at a time: a hundred masks of a large photo need not be in memory together."""
+    import supervision as sv
+
+    scene = _bgr(image)
+    size_hw = (image.shape[0], image.shape[1])
+    annotator = sv.MaskAnnotator(color=_palette(), opacity=_MASK_OPACITY)
+    for index in reversed(range(len(prediction.mask_rles or ()))):
+        assert prediction.mask_rles is not None, "the loop is empty otherwise"
+        one = sv.Detections(
+            xyxy=prediction.boxes_xyxy[index : index + 1],
+            mask=decode_rle(prediction.mask_rles[index], size_hw)[None],
+            class_id=prediction.class_ids[index : index + 1],
+        )
+        scene = annotator.annotate(scene, one)
+    return scene
 
 
 def _draw_segments(image: UInt8Array, prediction: SegmentationMap) -> UInt8Array:

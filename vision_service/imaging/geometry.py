@@ -70,14 +70,7 @@ def plan(resize: Resize, height: int, width: int) -> Plan:
         case ShortestSideCrop():
             return _plan_shortest_side_crop(resize, height, width)
         case Letterbox():
-            ratio = min(resize.size_hw[0] / height, resize.size_hw[1] / width)
-            if not resize.upscale:
-                ratio = min(ratio, 1.0)
-            resized = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-            offset = (0, 0)
-            if resize.align == "center":
-                offset = ((resize.size_hw[0] - resized[0]) // 2, (resize.size_hw[1] - resized[1]) // 2)
-            return Plan((0, 0), (height, width), resized, offset, resize.size_hw, resize.fill)
+            return _plan_letterbox(resize, height, width)
         case Stretch():
             return Plan((0, 0), (height, width), resize.size_hw, (0, 0), resize.size_hw)
         case Limit():
@@ -92,6 +85,19 @@ def plan(resize: Resize, height: int, width: int) -> Plan:
 
 def _round_up(size_hw: Size, multiple: int) -> Size:
     return -(-size_hw[0] // multiple) * multiple, -(-size_hw[1] // multiple) * multiple
+
+
+def _plan_letterbox(resize: Letterbox, height: int, width: int) -> Plan:
+    ratio = min(resize.size_hw[0] / height, resize.size_hw[1] / width)
+    if not resize.upscale:
+        ratio = min(ratio, 1.0)
+    resized = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    padding = [whole - side for whole, side in zip(resize.size_hw, resized, strict=True)]
+    if resize.pad_multiple is not None:
+        padding = [pad % resize.pad_multiple for pad in padding]
+    offset = (padding[0] // 2, padding[1] // 2) if resize.align == "center" else (0, 0)
+    input_hw = (resized[0] + padding[0], resized[1] + padding[1])
+    return Plan((0, 0), (height, width), resized, offset, input_hw, resize.fill)
 
 
 def _plan_shortest_side_crop(resize: ShortestSideCrop, height: int, width: int) -> Plan:

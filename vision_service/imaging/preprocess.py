@@ -21,6 +21,8 @@ from vision_service.imaging import geometry
 from vision_service.imaging.geometry import Plan, Size
 from vision_service.types import Float32Array, ImageMeta, UInt8Array
 
+Interpolation = Literal["antialias", "bicubic_antialias", "bilinear", "area"]
+
 _CHANNELS_AT_ONCE = 64
 """OpenCV has a limit of 128 or 512 channels, depending on its version."""
 
@@ -162,12 +164,14 @@ def class_map_to_original(class_map: UInt8Array, meta: ImageMeta, unseen: int) -
     return result
 
 
-def _resize(image: UInt8Array, size_hw: Size, interpolation: Literal["antialias", "bilinear", "area"]) -> UInt8Array:
+def _resize(image: UInt8Array, size_hw: Size, interpolation: Interpolation) -> UInt8Array:
     height, width = image.shape[:2]
     if (height, width) == size_hw:
         return image
     if interpolation == "antialias":
-        return _resize_antialias(image, size_hw)
+        return _resize_antialias(image, size_hw, "bilinear")
+    if interpolation == "bicubic_antialias":
+        return _resize_antialias(image, size_hw, "bicubic")
     if interpolation == "bilinear":
         return _cv2_resize(image, size_hw, cv2.INTER_LINEAR)
     if (size_hw[0] < height) != (size_hw[1] < width):
@@ -180,11 +184,11 @@ def _cv2_resize(image: UInt8Array, size_hw: Size, interpolation: int) -> UInt8Ar
     return cast(UInt8Array, cv2.resize(image, size_hw[::-1], interpolation=interpolation))
 
 
-def _resize_antialias(image: UInt8Array, size_hw: Size) -> UInt8Array:
+def _resize_antialias(image: UInt8Array, size_hw: Size, mode: Literal["bilinear", "bicubic"]) -> UInt8Array:
     # The batch axis is added before the permutation: its stride is how torch knows the memory to be channels-last,
     # for which it has a kernel that is several times faster.
     images = _as_tensor(image)[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
-    resized = torch.nn.functional.interpolate(images, size=size_hw, mode="bilinear", antialias=True)
+    resized = torch.nn.functional.interpolate(images, size=size_hw, mode=mode, antialias=True)
     return cast(UInt8Array, resized.permute(0, 2, 3, 1)[0].numpy())
 
 

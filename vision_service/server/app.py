@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+STREAM_GRACE_S = 0.2
+"""How long replies that were just written, and the news that health is NOT_SERVING, may take to get out."""
+
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -49,6 +52,7 @@ class VisionServer:
         self._specs = resolve_specs(settings)
         self.pipeline = build_pipeline(settings, self._specs)
         self._health = aio_health.HealthServicer()
+        self._calls = CallInterceptor()
         self._server: Any = None
         self.port = 0
 
@@ -69,7 +73,7 @@ class VisionServer:
             ("grpc.max_send_message_length", self.settings.max_message_bytes),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
         ]
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=options)
+        self._server = grpc.aio.server(interceptors=(self._calls,), options=options)
         pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._server)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -110,8 +114,14 @@ class VisionServer:
         await self._health.enter_graceful_shutdown()
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.settings.drain_timeout_s
-        await self._server.stop(self.settings.drain_timeout_s)
-        in_time = loop.time() < until_s
+        stopping = asyncio.ensure_future(self._server.stop(self.settings.drain_timeout_s))  # refuses new calls at once
+        idle = asyncio.ensure_future(self._calls.wait_idle())
+        await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
+        in_time = idle.done()
+        idle.cancel()
+        # Streams (health watches, reflection) have no end of their own and nothing to answer.
+        await self._server.stop(STREAM_GRACE_S if in_time else None)
+        await stopping
         left_s = max(1.0, until_s - loop.time())
         return await loop.run_in_executor(None, self.pipeline.close, left_s) and in_time
 

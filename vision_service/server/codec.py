@@ -30,6 +30,12 @@ PredictRequest = pb.ClassifyRequest | pb.DetectRequest | pb.SegmentRequest | pb.
 
 W = TypeVar("W")
 
+MAX_NAME = 100
+"""Longest name of a model or version, characters (as in `config.specs`)."""
+
+MAX_CLASSES = 5_000
+"""Most entries of a class filter, which are read on the event loop."""
+
 _THRESHOLDS = ("top_k", "score_threshold", "iou_threshold", "max_detections")
 
 
@@ -71,7 +77,8 @@ def read_detect(request: pb.DetectRequest) -> Call:
     Raises:
         InvalidInput: a field is wrong; names it.
     """
-    return _read(Task.DETECT, request, _overrides(request))
+    call = _read(Task.DETECT, request, _overrides(request))
+    return replace(call, mask_encoding=_word("mask_encoding", request.mask_encoding, MASK_ENCODINGS))
 
 
 def read_segment(request: pb.SegmentRequest) -> Call:
@@ -112,12 +119,19 @@ def read_get_model(request: pb.GetModelRequest) -> ModelSelector:
     """
     if not request.name:
         raise InvalidInput("name", "is empty; ListModels has the names")
-    return ModelSelector(request.name, request.version)
+    return ModelSelector(_name("name", request.name), _name("version", request.version))
 
 
 def _read(task: Task, request: PredictRequest, overrides: ParamOverrides) -> Call:
-    selector = ModelSelector(request.model.name, request.model.version)
+    selector = ModelSelector(_name("model.name", request.model.name), _name("model.version", request.model.version))
     return Call(task, selector, _image(request.image), overrides)
+
+
+def _name(field: str, text: str) -> str:
+    """A name, if it is not longer than any name can be."""
+    if len(text) > MAX_NAME:
+        raise InvalidInput(field, f"has {len(text)} characters; names have at most {MAX_NAME}")
+    return text
 
 
 def _image(image: pb.Image) -> bytes | RawPixels:
@@ -155,6 +169,9 @@ def _overrides(request: pb.ClassifyRequest | pb.DetectRequest | pb.SegmentReques
     }
     if chosen:
         Params(**chosen)
+    count = len(request.classes.class_names) + len(request.classes.class_ids)
+    if count > MAX_CLASSES:
+        raise InvalidInput("classes", f"lists {count} classes; at most {MAX_CLASSES} are accepted: name each one once")
     classes = (*request.classes.class_names, *request.classes.class_ids)
     return ParamOverrides(**chosen, classes=classes or None)
 

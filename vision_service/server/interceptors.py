@@ -20,6 +20,9 @@ REQUEST_ID = "x-request-id"
 RETRY_AFTER = "grpc-retry-pushback-ms"
 """gRPC's own name for "come back then" (gRFC A6); its built-in retries obey it too."""
 
+MAX_MESSAGE = 4000
+"""Longest message of an error, characters: gRPC carries it in a header, whose size has a hard limit."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -38,6 +41,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     request id; its text goes to the log.
     """
 
+    def __init__(self) -> None:
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no unary call is under way."""
+        await self._idle.wait()
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
@@ -51,13 +63,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         inner = handler.unary_unary
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            return await _observed(inner, request, context, method)
+            self._active += 1
+            self._idle.clear()
+            try:
+                return await _observed(inner, request, context, method)
+            finally:
+                self._active -= 1
+                if self._active == 0:
+                    self._idle.set()
 
         return grpc.unary_unary_rpc_method_handler(
             call,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, str], ...]
+) -> None:
+    """End a call with a status; when its caller has gone meanwhile, quietly."""
+    try:
+        await context.abort(code, message[:MAX_MESSAGE], trailing)
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        raise
+    except Exception as error:  # gRPC's own, private classes
+        logger.debug("the caller had gone before it could be told %s: %s", code.name, error)
+        raise asyncio.CancelledError from None
 
 
 async def _observed(
@@ -79,7 +111,7 @@ async def _observed(
         trailing = [(REQUEST_ID, request_id)]
         if isinstance(error, QueueFull):
             trailing.append((RETRY_AFTER, str(max(1, round(1000 * error.retry_after_s)))))
-        await context.abort(grpc.StatusCode[status], str(error), tuple(trailing))
+        await _abort(context, grpc.StatusCode[status], str(error), tuple(trailing))
     except asyncio.CancelledError:
         status = "CANCELLED"  # by the caller, or by its deadline
         raise
@@ -89,7 +121,8 @@ async def _observed(
     except Exception:
         status = "INTERNAL"
         logger.exception("call %s failed", request_id)
-        await context.abort(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it as {request_id}")
+        message = f"internal error; the server's log has it as {request_id}"
+        await _abort(context, grpc.StatusCode.INTERNAL, message, ((REQUEST_ID, request_id),))
     finally:
         logger.info(
             "%s %s",

@@ -1,6 +1,7 @@
 """Results as replies: the writing half of the server's codec.
 
-Masks and images take milliseconds to encode: `write_segments` and `write_image` are not for the event loop.
+Masks and images take milliseconds to encode: `write_segments`, `write_image` and `write_detections` with masks are not
+for the event loop.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.imaging.encode import encode_image
-from vision_service.imaging.masks import encode_png, encode_rle, to_polygons
+from vision_service.imaging.masks import decode_rle, encode_png, encode_rle, to_polygons
 from vision_service.model_info import ModelInfo
 from vision_service.segments import Segment, segments_of
 from vision_service.server.codec import Call
@@ -45,7 +46,7 @@ def write_reply(result: Result[Prediction], call: Call) -> Response:
         case Task.CLASSIFY:
             return write_classification(cast(Result[Classification], result))
         case Task.DETECT:
-            return write_detections(cast(Result[Detections], result))
+            return write_detections(cast(Result[Detections], result), call.mask_encoding)
         case Task.SEGMENT:
             return write_segments(cast(Result[SegmentationMap], result), call.mask_encoding)
         case Task.TRANSLATE:
@@ -62,8 +63,16 @@ def write_classification(result: Result[Classification]) -> pb.ClassifyResponse:
     return response
 
 
-def write_detections(result: Result[Detections]) -> pb.DetectResponse:
-    """The answer of Detect."""
+def write_detections(result: Result[Detections], encoding: MaskEncoding = "coco_rle") -> pb.DetectResponse:
+    """The answer of Detect.
+
+    Args:
+        result: boxes, and masks if the model makes them, in pixels of the original.
+        encoding: how masks are written.
+
+    Returns:
+        The reply.
+    """
     found = result.prediction
     response = pb.DetectResponse(info=_info(result))
     add = response.detections.add
@@ -78,6 +87,8 @@ def write_detections(result: Result[Detections]) -> pb.DetectResponse:
         detection.score = score
         box = detection.box
         box.x1, box.y1, box.x2, box.y2 = corners
+    for detection, rle in zip(response.detections, found.mask_rles or (), strict=False):
+        detection.mask.CopyFrom(_mask_of_rle(rle, result.original_hw, encoding))
     return response
 
 
@@ -156,6 +167,13 @@ def _segment(segment: Segment, encoding: MaskEncoding) -> pb.Segment:
         box=pb.Box(x1=x1, y1=y1, x2=x2, y2=y2),
         mask=_mask(segment.mask, encoding),
     )
+
+
+def _mask_of_rle(rle: bytes, size_hw: tuple[int, int], encoding: MaskEncoding) -> pb.Mask:
+    """A mask that is run lengths already: only the other encodings need its pixels."""
+    if encoding == "coco_rle":
+        return pb.Mask(coco_rle=pb.CocoRle(height=size_hw[0], width=size_hw[1], counts=rle))
+    return _mask(decode_rle(rle, size_hw), encoding)
 
 
 def _mask(mask: NDArray[np.bool_], encoding: MaskEncoding) -> pb.Mask:

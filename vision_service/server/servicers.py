@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,8 +15,8 @@ from vision_service.engine.pipeline import Pipeline
 from vision_service.server import codec, replies
 from vision_service.types import Task
 
-PIXEL_REPLIES = (Task.SEGMENT, Task.TRANSLATE)
-"""Tasks whose reply is encoded from pixels: milliseconds, so not on the event loop."""
+PIXEL_REPLIES = (Task.DETECT, Task.SEGMENT, Task.TRANSLATE)
+"""Tasks whose reply may be encoded from pixels (some detectors make masks): milliseconds, so not on the event loop."""
 
 
 class VisionServicer(pb_grpc.VisionServiceServicer):
@@ -49,7 +50,8 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
     ) -> replies.Response:
         call = read(request)
         # When the caller hangs up or its deadline passes, gRPC cancels this coroutine, and that the waiting image.
-        result = await asyncio.wrap_future(
+        off_loop = call.task in PIXEL_REPLIES
+        answer = await asyncio.wrap_future(
             self._pipeline.submit(
                 call.image,
                 task=call.task,
@@ -57,12 +59,10 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
                 version=call.model.version,
                 overrides=call.overrides,
                 timeout_s=context.time_remaining(),
+                finish=partial(replies.write_reply, call=call) if off_loop else None,
             )
         )
-        if call.task in PIXEL_REPLIES:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pipeline.pool, replies.write_reply, result, call)
-        return replies.write_reply(result, call)
+        return answer if off_loop else replies.write_reply(answer, call)
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):

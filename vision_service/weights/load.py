@@ -1,14 +1,14 @@
 """From a weight file to a network's parameters: checked before it is parsed, and strict.
 
-A weight file may come from anywhere. Its sha256 is compared before anything reads it, and neither of the two formats
-can run code: safetensors, and torch's own format with ``weights_only=True``.
+A weight file may come from anywhere. Its sha256 is compared before anything reads it, as far as it is known, and
+neither of the two formats can run code: safetensors, and torch's own format with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from vision_service.config import ModelSpec, WeightsSpec
+from vision_service.config import ModelSpec
 from vision_service.errors import WeightsError
+from vision_service.weights.check import read_checked
 
 _SHOWN = 5
 
 
-def load_weights(network: nn.Module, spec: ModelSpec) -> None:
+def load_weights(
+    network: nn.Module, spec: ModelSpec, adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> None:
     """Fill a network with the parameters that its spec names.
 
     Values are cast to the network's precision: files in half precision fill a float32 network.
@@ -30,6 +33,8 @@ def load_weights(network: nn.Module, spec: ModelSpec) -> None:
     Args:
         network: the bare network, as the backend built it.
         spec: whose weights to load; without weights the network stays as it was initialised.
+        adapt: makes a state dict of the network's names out of the file's, for files that name their tensors
+            otherwise; what it returns must fit as strictly.
 
     Raises:
         WeightsError: the file is missing, is not the one the spec means, cannot be read, or belongs to another
@@ -38,24 +43,26 @@ def load_weights(network: nn.Module, spec: ModelSpec) -> None:
     if spec.weights is None:
         return
     where = f"model {spec.name!r}: weights {spec.weights.file}"
-    state = _parse(where, Path(spec.weights.file), _read_checked(where, spec.weights))
+    data = read_checked(where, spec.weights, spec.weights.source)
+    state = _parse(where, Path(spec.weights.file), data)
+    if adapt is not None:
+        state = adapt(state)
+    fill(network, state, where)
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Give a network the parameters of a state dict, strictly.
+
+    Args:
+        network: the bare network.
+        state: names to tensors.
+        where: begins the message.
+
+    Raises:
+        WeightsError: they belong to another architecture.
+    """
     _check_fit(where, network, state)
     network.load_state_dict(state, strict=False)  # `_check_fit` was stricter, and says more
-
-
-def _read_checked(where: str, weights: WeightsSpec) -> bytes:
-    """The file's bytes, once they are known to be the right ones; read once, so that they stay so."""
-    try:
-        data = Path(weights.file).read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{where}: cannot be read ({error.strerror}); it came from: {weights.source}") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != weights.sha256:
-        raise WeightsError(
-            f"{where}: its sha256 is {found}, the manifest expects {weights.sha256}: the file was altered or is "
-            f"another one. Fetch it again ({weights.source}), or correct the manifest if the change was meant"
-        )
-    return data
 
 
 def _parse(where: str, path: Path, data: bytes) -> dict[str, Tensor]:

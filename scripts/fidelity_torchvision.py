@@ -1,0 +1,258 @@
+"""What is served of torchvision's families against torchvision's own inference, with the same seeded weights.
+
+    python scripts/fidelity_torchvision.py [NAME...]
+
+prints the rows that `fidelity.py` puts into docs/fidelity.md. Official weights would have to be fetched from
+download.pytorch.org; what is compared here is everything around them. `awaken` makes a network with random weights
+answer as variously as a trained one does.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.ops import box_iou
+from torchvision.transforms.functional import pil_to_tensor
+
+from vision_service.config import ModelSpec, WeightsSpec
+from vision_service.config.settings import ServerSettings
+from vision_service.engine.build import build_pipeline, replace_fields
+from vision_service.imaging.masks import decode_rle
+from vision_service.types import Classification, Detections, ParamOverrides, Result, SegmentationMap, Task
+from vision_service.zoo import torchvision as zoo
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+
+NAMES = (
+    "alexnet",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "resnet50",
+    "vit_b_16",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "maskrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large",
+    "fcn_resnet50",
+    "lraspp_mobilenet_v3_large",
+)
+
+HEADER = ("Torchvision, same seeded weights, samples/", "compared", "equal", "largest difference")
+
+# Layers whose output decides, and how far theirs is made to spread: logits by some units, box deltas by less.
+_DECIDING = {
+    "rpn.head.cls_logits": (0.0, 2.0),
+    "rpn.head.bbox_pred": (0.0, 0.3),
+    "box_predictor.cls_score": (0.0, 2.0),
+    "box_predictor.bbox_pred": (0.0, 1.0),
+    "mask_predictor.mask_fcn_logits": (0.0, 2.0),
+    "classification_head.cls_logits": (-3.0, 1.0),
+    "classification_head.module_list": (0.0, 2.0),
+    "regression_head.bbox_reg": (0.5, 0.5),
+    "regression_head.bbox_ctrness": (0.0, 1.0),
+    "regression_head.module_list": (0.0, 0.5),
+}
+
+
+def awaken(network: nn.Module, images: Sequence[Tensor], seed: int = 0) -> nn.Module:
+    """Make random weights answer variously: batch norms learn the photos' scale, deciding layers spread.
+
+    Args:
+        network: one of torchvision's; changed in place.
+        images: float ``[3, h, w]`` each, as its forward takes them: normalised for all but detectors.
+        seed: of the new weights.
+
+    Returns:
+        The network, ready for inference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                # Kernels that average, as a trained network's first ones mostly do: white ones turn the rounding of a
+                # pixel into another answer, and the library would not even agree with itself.
+                flat = (len(parameter), -1, *[1] * (parameter.ndim - 2))
+                row = parameter.new_empty(parameter.shape[:2]).normal_(generator=generator)
+                parameter.copy_((row * (2 / parameter[0].numel()) ** 0.5).reshape(flat).expand_as(parameter))
+        network.eval()
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        hooks = [norm.register_forward_pre_hook(_settle) for norm in norms]
+        # Of a detector only the backbone: what follows takes lists of images, and has few batch norms.
+        detects = hasattr(network, "transform")
+        backbone = network.backbone if detects else network
+        seen = [network.transform.normalize(image) for image in images] if detects else images
+        side = 128 if hasattr(backbone, "fpn") else getattr(network, "image_size", 320)  # what the others need
+        backbone(torch.cat([_square(image, side) for image in seen]))
+        for hook in hooks:
+            hook.remove()
+        _spread(network, images, side, generator)
+    return network
+
+
+def _settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Divide by the root mean square. Subtracting the mean as well would, layer by layer, make noise of the photos."""
+    norm.running_mean.zero_()
+    norm.running_var.copy_(inputs[0].square().mean((0, 2, 3)).clamp(min=1e-6))
+
+
+def _square(image: Tensor, side: int) -> Tensor:
+    """Float ``[1, 3, side, side]``."""
+    return nn.functional.interpolate(image[None], (side, side), mode="bilinear")
+
+
+def _spread(network: nn.Module, images: Sequence[Tensor], side: int, generator: torch.Generator) -> None:
+    """Scale each deciding layer when it first runs, since what comes later depends on what came before."""
+    kinds = (nn.Conv2d, nn.Linear)
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, kinds) and m.bias is not None}
+    targets = {layer: _DECIDING[key] for name, layer in layers.items() for key in _DECIDING if key in name}
+
+    def adjust(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        mean, std = targets.pop(layer, (None, None))
+        if mean is None:
+            return output
+        layer.bias.zero_()
+        layer.weight.mul_(std / layer.forward(*inputs).std().clamp(min=1e-6))
+        layer.bias.normal_(mean=mean, std=0.3, generator=generator)
+        return layer.forward(*inputs)
+
+    detects = bool(targets)
+    if not detects:
+        targets[list(layers.values())[-1]] = (0.0, 2.0)
+    for layer in list(targets):
+        layer.register_forward_hook(adjust)
+    network(list(images)) if detects else network(_square(images[0], side))
+    for layer in layers.values():
+        layer._forward_hooks.clear()
+
+
+def matched(ours: Detections, theirs: dict[str, Tensor]) -> tuple[int, float, float]:
+    """How many boxes match one to one, of the same class; least overlap and largest difference of a score among them.
+
+    A box matches at an overlap of at least 0.98 and a score within 0.01.
+    """
+    overlaps = box_iou(torch.from_numpy(ours.boxes_xyxy), theirs["boxes"])
+    same = torch.from_numpy(ours.class_ids)[:, None] == theirs["labels"]
+    gaps = (torch.from_numpy(ours.scores)[:, None] - theirs["scores"]).abs()
+    overlaps = torch.where(same & (gaps <= 0.01), overlaps, -1.0)
+    count, least, gap = 0, 1.0, 0.0
+    while overlaps.numel() and overlaps.max() >= 0.98:
+        row, column = divmod(int(overlaps.argmax()), overlaps.shape[1])
+        count += 1
+        least, gap = min(least, float(overlaps[row, column])), max(gap, float(gaps[row, column]))
+        overlaps[row], overlaps[:, column] = -1.0, -1.0
+    return count, least, gap
+
+
+def rows(names: Sequence[str] = NAMES) -> Iterator[tuple[tuple[str, str, str, str], bool]]:
+    """The table's rows, and whether each is good enough.
+
+    Args:
+        names: of models in torchvision.
+    """
+    files = sorted(SAMPLES.glob("*.jpg"))
+    photos = [Image.open(file).convert("RGB") for file in files]
+    for name in names:
+        known = zoo.spec(name)
+        if known is None:
+            raise SystemExit(f"torchvision has no model {name!r}")
+        torch.manual_seed(0)
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        theirs = awaken(_library(known), [preset(photo) for photo in photos])
+        with tempfile.TemporaryDirectory() as folder:
+            results = _ours(known, theirs, files, Path(folder) / "weights.safetensors")
+        compare = {Task.CLASSIFY: _classes, Task.DETECT: _boxes, Task.SEGMENT: _maps}[known.task]
+        with torch.inference_mode():
+            (compared, equal, difference), ok = compare(theirs, known, photos, results)
+        yield (name, compared, equal, difference), ok
+
+
+def _library(spec: ModelSpec) -> nn.Module:
+    """As torchvision builds it for its weights, without them."""
+    extra = {"transform_input": True, "init_weights": False} if spec.options.get("transform_input") else {}
+    if spec.task is not Task.CLASSIFY:
+        extra = {"weights_backbone": None}
+    return models.get_model(spec.name, weights=None, num_classes=len(spec.classes), **extra)
+
+
+def _ours(spec: ModelSpec, theirs: nn.Module, files: Sequence[Path], weights: Path) -> list[Result]:
+    """The whole way of a request, in process."""
+    save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, weights)
+    named = WeightsSpec(file=str(weights), licence="none", source="seeded random")
+    options = {name: value for name, value in spec.options.items() if name != "zero_eps"}  # as the library was built
+    spec = spec.model_copy(update={"weights": named, "options": options, "device": "cpu"})
+    spec = replace_fields(spec, {"batching": {"max_batch_size": 1}})
+    overrides = ParamOverrides(top_k=len(spec.classes))
+    if spec.task is Task.DETECT:
+        head = getattr(theirs, "roi_heads", theirs)
+        overrides = ParamOverrides(score_threshold=head.score_thresh)
+    with build_pipeline(ServerSettings.read(models=()), [spec]) as pipeline:
+        pipeline.catalog.load(spec)
+        results = list(pipeline.predict_many(files, task=spec.task, model=spec.name, overrides=overrides))
+    for result in results:
+        if not isinstance(result, Result):
+            raise SystemExit(f"{spec.name}: {result}")
+    return results
+
+
+Compared = tuple[tuple[str, str, str], bool]
+
+
+def _classes(theirs: nn.Module, spec: ModelSpec, photos: Sequence[Image.Image], results: Sequence[Result]) -> Compared:
+    preset = models.get_model_weights(spec.name).DEFAULT.transforms()
+    agreed, gap = 0, 0.0
+    for photo, result in zip(photos, results, strict=True):
+        found: Classification = result.prediction
+        expected = theirs(preset(photo)[None]).softmax(1)[0].numpy()
+        agreed += int(found.class_ids[0] == expected.argmax())
+        gap = max(gap, float(np.abs(found.scores - expected[found.class_ids]).max()))
+    return (f"{len(photos)} photos", f"{agreed} top-1", f"probability {gap:.4f}"), agreed == len(photos)
+
+
+def _boxes(theirs: nn.Module, spec: ModelSpec, photos: Sequence[Image.Image], results: Sequence[Result]) -> Compared:
+    total, paired, least, gap, pixels, differ = 0, 0, 1.0, 0.0, 0, 0
+    for photo, result in zip(photos, results, strict=True):
+        (expected,) = theirs([pil_to_tensor(photo) / 255])
+        has_area = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1) & (expected["labels"] > 0)
+        expected = {key: value[has_area] for key, value in expected.items()}
+        found: Detections = result.prediction
+        count, overlap, score = matched(found, expected)
+        total, paired = total + max(len(found), len(expected["scores"])), paired + count
+        least, gap = min(least, overlap), max(gap, score)
+        if "masks" in expected:
+            ours = np.any([decode_rle(rle, result.original_hw) for rle in found.mask_rles], axis=0)
+            its = (expected["masks"][:, 0] >= 0.5).any(0).numpy()
+            pixels, differ = pixels + its.size, differ + int((ours != its).sum())
+    masks = f", {100 * (1 - differ / pixels):.2f} % of the masks' pixels" if pixels else ""
+    ok = paired >= 0.95 * total and differ <= 0.005 * pixels
+    return (f"{total} boxes", f"{paired} boxes{masks}", f"IoU {least:.3f}, score {gap:.4f}"), ok
+
+
+def _maps(theirs: nn.Module, spec: ModelSpec, photos: Sequence[Image.Image], results: Sequence[Result]) -> Compared:
+    preset = models.get_model_weights(spec.name).DEFAULT.transforms()
+    pixels, same = 0, 0
+    for photo, result in zip(photos, results, strict=True):
+        found: SegmentationMap = result.prediction
+        probabilities = theirs(preset(photo)[None])["out"].softmax(1)
+        whole = nn.functional.interpolate(probabilities, found.class_map.shape, mode="bilinear")
+        pixels, same = pixels + found.class_map.size, same + int((whole.argmax(1)[0].numpy() == found.class_map).sum())
+    return (f"{pixels} pixels", f"{100 * same / pixels:.3f} %", ""), same >= 0.995 * pixels
+
+
+if __name__ == "__main__":
+    for cells, good in rows(sys.argv[1:] or NAMES):
+        print(" | ".join(cells), "" if good else "| MISSED", flush=True)

@@ -1,0 +1,256 @@
+"""Compare the Ultralytics backends with the library's own ``predict``, on the same seeded random weights.
+
+Called by scripts/fidelity.py when the package ultralytics (AGPL-3.0) is installed; alone:
+
+    python scripts/fidelity_ultralytics.py [PHOTO...]
+
+Official weights are not at hand, so each network gets batch norms that fit a photo and a head that is sure of
+something: what comes out is no sensible detection, but depends on every pixel and every parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from ultralytics_random import random_model, save
+
+from vision_service.backends.table import create_backend
+from vision_service.config import ModelSpec
+from vision_service.engine.build import local_pipeline
+from vision_service.imaging.decode import decode_image
+from vision_service.imaging.masks import decode_rle
+from vision_service.imaging.preprocess import preprocess
+from vision_service.types import Classification, Detections, Result
+from vision_service.zoo.ultralytics import preprocess_of
+
+ARCHITECTURES = (
+    *("yolov3-tiny", "yolov5n", "yolov8n", "yolov8n-seg", "yolov8n-cls", "yolov9t", "yolov9c-seg", "yolov10n"),
+    *("yolo11n", "yolo11n-seg", "yolo11n-cls", "yolo12n", "yolo26n", "yolo26n-seg", "yolo26n-cls", "rtdetr-l"),
+)
+END_TO_END = ("yolov10n", "yolo26n", "yolo26n-seg")
+CLASSES = tuple(f"thing {i}" for i in range(80))
+
+
+class Page(Protocol):
+    """What scripts/fidelity.py writes to."""
+
+    def table(self, *header: str) -> None:
+        """Start a table."""
+
+    def row(self, *cells: str, ok: bool = True) -> None:
+        """Add a row."""
+
+
+def compare(page: Page, photos: list[Path], architectures: tuple[str, ...] = ARCHITECTURES) -> None:
+    """Add a table to the page.
+
+    Args:
+        page: gets a row for each architecture.
+        photos: to predict.
+        architectures: names that the library knows.
+    """
+    from importlib.metadata import version
+
+    title = f"Ultralytics {version('ultralytics')}, random weights"
+    page.table(title, "same tensor", "objects, ours / theirs", "matched", "least IoU", "score off", "mask pixels equal")
+    for arch in architectures:
+        for end_to_end in (False, True) if arch in END_TO_END else (False,):
+            with tempfile.TemporaryDirectory() as folder:
+                _compare_one(page, photos, arch, end_to_end, Path(folder))
+
+
+def _compare_one(page: Page, photos: list[Path], arch: str, end_to_end: bool, folder: Path) -> None:
+    from ultralytics import RTDETR, YOLO  # noqa: TID251 - the other side of the comparison
+
+    checkpoint = folder / "network.pt"  # the library would take yolov5n.pt for its yolov5nu.pt, and fetch that
+    image = cv2.imread(str(photos[0]))
+    save(random_model(arch, image), checkpoint)
+    spec = _spec(arch, checkpoint, end_to_end)
+    theirs = (RTDETR if arch.startswith("rtdetr") else YOLO)(str(checkpoint))
+    # `nms=False` is how the library is asked for the end-to-end half.
+    call = {"verbose": False, "device": "cpu", "save": False, "nms": False if end_to_end else None}
+    results = [theirs.predict(cv2.imread(str(photo)), **call)[0] for photo in photos]
+    off = _same_tensor(spec, theirs.predictor.model.model, photos[0], end_to_end)
+    with local_pipeline((), device="cpu") as pipeline:
+        pipeline.catalog.load(spec)
+        ours = list(pipeline.predict_many(photos, task=spec.task, model=spec.name))
+    name = f"{arch}, end to end" if end_to_end else arch
+    if spec.task == "classify":
+        _row_classify(page, name, off, ours, results)
+    else:
+        _row_detect(page, name, off, ours, results)
+
+
+def _spec(arch: str, checkpoint: Path, end_to_end: bool) -> ModelSpec:
+    fields = {
+        "name": arch,
+        "task": "classify" if arch.endswith("-cls") else "detect",
+        "backend": "ultralytics_classifier" if arch.endswith("-cls") else "ultralytics_detector",
+        "options": {"end_to_end": True} if end_to_end else {},
+        "classes": CLASSES,
+        "device": "cpu",
+        "batching": {"max_batch_size": 1},
+        **preprocess_of(arch),
+        "weights": {
+            "file": str(checkpoint),
+            "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            "licence": "none",
+            "source": "random",
+        },
+    }
+    return ModelSpec.model_validate(fields)
+
+
+def _same_tensor(spec: ModelSpec, theirs: Any, photo: Path, end_to_end: bool) -> float:
+    """The largest difference of the dense outputs on one input; boxes as parts of its longer side."""
+    pixels, _ = preprocess(decode_image(photo.read_bytes()), spec.preprocess)
+    served: Any = create_backend(spec).build().eval()
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).contiguous().float() / 255
+    # `predict` may have moved its network to channels-last, which rounds otherwise: by 0.05 pixels on these weights.
+    theirs = theirs.to(memory_format=torch.contiguous_format)
+    with torch.inference_mode():
+        ours = served.network(images)
+        raw = theirs(images)
+    while isinstance(raw, tuple | list) and not isinstance(raw[0], Tensor):
+        raw = raw[0]
+    dense, rest = raw[0], raw[1:2]
+    if spec.task == "classify":
+        return float((ours[0] - dense).abs().max())
+    scale = float(max(pixels.shape))
+    if spec.name.startswith("rtdetr"):
+        size = torch.tensor([pixels.shape[1], pixels.shape[0]] * 2)
+        return _listed_off(ours[0][0], torch.cat((_corners(dense[0, :, :4]) * size, dense[0, :, 4:]), dim=1), scale)
+    if end_to_end:
+        return _listed_off(ours[0][0], dense[0], scale)
+    rows, classes = dense.transpose(1, 2), len(CLASSES)
+    pairs = [(ours[0] / scale, _corners(rows[..., :4]) / scale), (ours[1], rows[..., 4 : 4 + classes])]
+    if spec.name.endswith("-seg"):
+        pairs += [(ours[2], rows[..., 4 + classes :]), (ours[3], rest[0])]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def _listed_off(ours: Tensor, theirs: Tensor, scale: float) -> float:
+    """Of rows that pass the threshold: each to the nearest there, for near ties change places in a list."""
+    wanted = ours[ours[:, 4] >= 0.25, :6] / torch.tensor([*[scale] * 4, 1.0, 1.0])
+    if not len(wanted):
+        return 0.0
+    there = theirs[:, :6] / torch.tensor([*[scale] * 4, 1.0, 1.0])
+    return float((wanted[:, None] - there[None]).abs().amax(dim=2).amin(dim=1).max())
+
+
+def _corners(xywh: Tensor) -> Tensor:
+    from ultralytics.utils.ops import xywh2xyxy  # noqa: TID251
+
+    corners: Tensor = xywh2xyxy(xywh)
+    return corners
+
+
+def _row_classify(page: Page, name: str, off: float, ours: list[Any], theirs: list[Any]) -> None:
+    same = 0
+    largest = 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        found = _prediction(mine, Classification)
+        same += int(found.class_ids[0] == other.probs.top1)
+        expected = other.probs.data.numpy()[found.class_ids]
+        largest = max(largest, float(np.abs(found.scores - expected).max()))
+    ok = same == len(ours) and largest <= 0.01 and off <= 1e-4
+    page.row(name, f"{off:.1e}", "", f"top-1 of {same} of {len(ours)}", "", f"{largest:.4f}", "", ok=ok)
+
+
+def _row_detect(page: Page, name: str, off: float, ours: list[Any], theirs: list[Any]) -> None:
+    counts, matched, least, largest, equal = [0, 0], 0, 1.0, 0.0, 1.0
+    for mine, other in zip(ours, theirs, strict=True):
+        found, original_hw = _prediction(mine, Detections), mine.original_hw
+        boxes = other.boxes.xyxy.numpy().clip(0, [original_hw[1], original_hw[0]] * 2)
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # theirs keeps boxes that lie in the padding, without area
+        kept = np.flatnonzero(seen)
+        boxes = boxes[seen]
+        scores, classes = other.boxes.conf.numpy()[seen], other.boxes.cls.numpy().astype(int)[seen]
+        counts[0] += len(found)
+        counts[1] += len(boxes)
+        for index, partner, overlap in match(found.boxes_xyxy, found.class_ids, boxes, classes):
+            matched += 1
+            least = min(least, overlap)
+            largest = max(largest, abs(float(found.scores[index] - scores[partner])))
+            if found.mask_rles is not None:
+                mask = decode_rle(found.mask_rles[index], original_hw)
+                equal = min(equal, float((mask == _their_mask(other, int(kept[partner]), original_hw)).mean()))
+    ok = counts[0] == counts[1] == matched and least >= 0.98 and largest <= 0.01 and equal >= 0.995 and off <= 1e-4
+    pixels = f"{100 * equal:.3f} %" if any(r.masks is not None for r in theirs) else ""
+    page.row(
+        name, f"{off:.1e}", f"{counts[0]} / {counts[1]}", str(matched), f"{least:.4f}", f"{largest:.1e}", pixels, ok=ok
+    )
+
+
+def _their_mask(result: Any, index: int, original_hw: tuple[int, int]) -> np.ndarray:
+    from ultralytics.utils.ops import scale_masks  # noqa: TID251
+
+    mask: np.ndarray = scale_masks(result.masks.data[None, index : index + 1].float(), original_hw)[0, 0].numpy()
+    return mask > 0.5
+
+
+def match(
+    boxes: np.ndarray, classes: np.ndarray, other_boxes: np.ndarray, other_classes: np.ndarray
+) -> list[tuple[int, int, float]]:
+    """Pairs of one class, the largest overlaps first, each box once.
+
+    Args:
+        boxes: ``[N, 4]``, x1, y1, x2, y2.
+        classes: ``[N]``.
+        other_boxes: ``[M, 4]``.
+        other_classes: ``[M]``.
+
+    Returns:
+        Index here, index there, IoU.
+    """
+    low = np.maximum(boxes[:, None, :2], other_boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], other_boxes[None, :, 2:])
+    inside = (high - low).clip(0).prod(axis=2)
+    areas = [np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes, other_boxes)]
+    overlap = inside / np.maximum(areas[0][:, None] + areas[1][None] - inside, 1e-9)
+    overlap[classes[:, None] != other_classes[None]] = -1.0
+    pairs = []
+    for _ in range(min(overlap.shape)):
+        index, partner = np.unravel_index(overlap.argmax(), overlap.shape)
+        if overlap[index, partner] < 0.5:
+            break
+        pairs.append((int(index), int(partner), float(overlap[index, partner])))
+        overlap[index, :] = overlap[:, partner] = -1.0
+    return pairs
+
+
+def _prediction(result: Any, kind: type) -> Any:
+    if not isinstance(result, Result) or not isinstance(result.prediction, kind):
+        raise SystemExit(f"no {kind.__name__}: {result}")
+    return result.prediction
+
+
+class _Printer:
+    """A page that is only printed."""
+
+    def table(self, *header: str) -> None:
+        """The header."""
+        print(" | ".join(header), flush=True)
+
+    def row(self, *cells: str, ok: bool = True) -> None:
+        """A line."""
+        print(" | ".join(cells), "" if ok else "  <-- MISSED", flush=True)
+
+
+if __name__ == "__main__":
+    named = [Path(name) for name in sys.argv[1:] if name.endswith((".jpg", ".png"))]
+    chosen = tuple(name for name in sys.argv[1:] if not name.endswith((".jpg", ".png")))
+    samples = sorted((Path(__file__).resolve().parent.parent / "samples").glob("*.jpg"))
+    compare(_Printer(), named or samples, chosen or ARCHITECTURES)

@@ -1,0 +1,68 @@
+"""One image between its caller and the batcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from vision_service.engine.host import Answer, ModelHost
+from vision_service.engine.queue import Ride
+from vision_service.imaging.source import ImageInput
+from vision_service.types import Params, Prediction, Result, Timings
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One image on its way.
+
+    Attributes:
+        image: as it was sent; dropped as soon as it is decoded.
+        host: whose model it goes to.
+        params: what the call chose.
+        deadline_s: on `time.monotonic`'s clock, or ``None``.
+        finish: last work on the result, or ``None``.
+        result: what the caller waits for.
+        decode_ms: file bytes to pixels.
+        preprocess_ms: pixels to the network's input.
+        original_hw: of the image.
+    """
+
+    image: ImageInput
+    host: ModelHost
+    params: Params
+    deadline_s: float | None
+    finish: Callable[[Result[Any]], Any] | None = None
+    result: Future[Any] = field(default_factory=Future)
+    decode_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    original_hw: tuple[int, int] = (0, 0)
+
+    def drop_image(self) -> None:
+        """The bytes are not needed any more, and may be many."""
+        self.image = b""
+
+    def succeed(self, value: Any) -> None:
+        """Answer, unless the caller has gone."""
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless the caller has gone."""
+        if self.result.set_running_or_notify_cancel():
+            self.result.set_exception(error)
+
+    def outcome(self, travelled: Ride[Answer]) -> Result[Prediction]:
+        """The result of a batch's answer and of what was measured before it."""
+        answer = travelled.value
+        timings = Timings(
+            decode_ms=self.decode_ms,
+            preprocess_ms=self.preprocess_ms,
+            queue_ms=1000 * travelled.queue_s,
+            forward_ms=answer.forward_ms,
+            postprocess_ms=answer.postprocess_ms,
+            batch_size=travelled.batch_size,
+        )
+        spec = self.host.spec
+        return Result(answer.prediction, self.original_hw, spec.name, spec.version, timings)
