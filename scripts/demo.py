@@ -97,7 +97,7 @@ def check(name: str, task: Task, result) -> str:
 
 def row(name: str, task: Task, result, problem: str) -> list[str]:
     t = result.timings
-    times = [t.decode_ms, t.preprocess_ms, t.queue_ms, t.forward_ms, t.postprocess_ms]
+    times = [t.decode_ms, t.preprocess_ms, t.queue_ms, t.forward_ms, t.postprocess_ms, t.encode_ms]
     found = to_line(result) + (f"  [red]{problem}[/red]" if problem else "")
     return [name, str(task), result.model_name, found, *(f"{ms:.1f}" for ms in times), str(t.batch_size)]
 
@@ -109,7 +109,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     photos = sorted((ROOT / "samples").glob("*.jpg"))
     console = Console(width=160)
-    table = Table("photo", "task", "model", "found", "decode", "prep.", "queue", "forward", "post.", "batch")
+    table = Table("photo", "task", "model", "found", "decode", "prep.", "queue", "forward", "post.", "encode", "batch")
     problems = [] if photos else ["samples/ has no photos"]
 
     with server(console) as port, VisionClient(f"127.0.0.1:{port}") as client, ThreadPoolExecutor() as threads:

@@ -47,31 +47,43 @@ def random_model(arch: str, image_bgr: np.ndarray, classes: int = 80, size: int 
 
 
 def _sharpen(head: Any, model: nn.Module, x: Tensor) -> None:
-    """Shift and stretch the class scores so that some boxes pass the threshold and classes differ."""
-    layers: list[nn.Module] = []
-    if hasattr(head, "dec_score_head"):
-        layers = [head.dec_score_head[-1]]
-    for name in ("cv3", "one2one_cv3"):
-        layers += [branch[-1] for branch in getattr(head, name, None) or ()]
+    """Scale what the last layers return: some boxes pass the threshold, classes differ, boxes span a few cells."""
+    classes: list[nn.Module] = [head.dec_score_head[-1]] if hasattr(head, "dec_score_head") else []
+    boxes: list[nn.Module] = []
+    for half in ("", "one2one_"):
+        classes += [branch[-1] for branch in getattr(head, f"{half}cv3", None) or ()]
+        boxes += [branch[-1] for branch in getattr(head, f"{half}cv2", None) or ()]
     if hasattr(head, "linear"):
-        layers = [head.linear]
-    for layer in layers:
+        _scale(head.linear, model, x, 1.5)
+    for layer in boxes:
+        _scale(layer, model, x, 0.7)
+        bins = layer.out_channels // 4  # of a distribution of distances; one: the distance itself
+        bias = torch.full((bins,), 2.0) if bins == 1 else -0.7 * torch.arange(bins)
+        layer.bias.data[:] = bias.repeat(4)
+    for layer in classes:
+        logits = _scale(layer, model, x, 1.5)
+        if logits is not None:
+            best = (logits - layer.bias[:, None]).amax(dim=0)
+            layer.bias.data[:] = -1.0 - torch.quantile(best, 0.97)
+
+
+@torch.no_grad()
+def _scale(layer: Any, model: nn.Module, x: Tensor, std: float) -> Tensor | None:
+    """Give a layer's output a standard deviation; returns that output, ``[channels, places]``, as far as it runs."""
+    for _ in range(2):
         seen: list[Tensor] = []
 
         def note(_module: nn.Module, _inputs: object, output: Tensor, seen: list[Tensor] = seen) -> None:
             seen.append(output.detach())
 
         handle = layer.register_forward_hook(note)
-        with torch.no_grad():
-            model(x)
-            handle.remove()
-            if not seen:  # a half of the head that this version leaves out
-                continue
-            logits = seen[0].flatten(2) if seen[0].ndim == 4 else seen[0].reshape(-1, seen[0].shape[-1]).T[None]
-            layer.weight *= 1.5 / logits.std()
-            centred = (logits - layer.bias[None, :, None]) * 1.5 / logits.std()
-            best = centred.amax(dim=1).flatten()
-            layer.bias[:] = -1.0 - torch.quantile(best, 0.98) if not hasattr(head, "linear") else 0.0
+        model(x)
+        handle.remove()
+        if not seen:  # a half of the head that this version leaves out
+            return None
+        output = seen[0][0].flatten(1) if seen[0].ndim == 4 else seen[0].reshape(-1, seen[0].shape[-1]).T
+        layer.weight *= std / (output - layer.bias[:, None]).std()
+    return output
 
 
 def save(model: Any, path: Path) -> None:

@@ -291,7 +291,17 @@ PREDICTION_OF_TASK: dict[Task, type[Classification | Detections | SegmentationMa
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of one call went. Milliseconds; forward and postprocess are those of the whole batch."""
+    """Where the time of one call went.
+
+    Attributes:
+        decode_ms: file bytes to pixels.
+        preprocess_ms: pixels to the network's input.
+        queue_ms: waiting for the device.
+        forward_ms: the network on the whole batch, transfers included.
+        postprocess_ms: outputs to predictions, for the whole batch.
+        batch_size: images in that batch.
+        encode_ms: prediction to reply; 0 in process.
+    """
 
     decode_ms: float = 0.0
     preprocess_ms: float = 0.0
@@ -299,6 +309,7 @@ class Timings:
     forward_ms: float = 0.0
     postprocess_ms: float = 0.0
     batch_size: int = 0
+    encode_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import cv2
@@ -102,9 +101,7 @@ def test_models_of_a_server(address):
 
 
 def test_a_server_that_is_not_there(photos):
-    start = time.monotonic()
     result = run("client", "classify", photos / "1.png", "--address", "127.0.0.1:1", "--timeout", 0.1)
-    assert time.monotonic() - start < 1.2  # with time left, it would pause 1.4 s in all
     assert result.exit_code == 1
     assert "failed:" in result.stderr
     listed = run("models", "list", "--address", "127.0.0.1:1")

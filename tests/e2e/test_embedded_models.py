@@ -108,6 +108,7 @@ def test_options_have_their_effect(client, samples):
 
     areas = [client.segment(astronaut, score_threshold=t).prediction.areas()[1] for t in (0.1, 0.5, 0.9)]
     assert areas[0] > areas[1] > areas[2] > 0
+    assert client.segment(coffee, mask_encoding="png").timings.encode_ms > 0
     assert client.segment(coffee, score_threshold=0.0).prediction.mask(1).all()  # "at least 0" is everywhere
     assert client.segment(astronaut, classes=["background"]).prediction.areas()[1] == 0
     exact = client.segment(astronaut, mask_encoding="coco_rle").prediction.class_map

@@ -21,6 +21,7 @@ import convert_ultralytics
 import ultralytics_random
 from ultralytics import YOLO
 from ultralytics.utils import ROOT as LIBRARY
+from ultralytics.utils.ops import scale_masks
 
 from vision_service.backends import _yolo_architecture
 from vision_service.backends import ultralytics as backend
@@ -46,7 +47,7 @@ def spec_of(checkpoint, **fields):
             "resize": {"mode": "letterbox", "size_hw": (SIZE, SIZE), "pad_multiple": 32},
             "interpolation": "bilinear",
         },
-        "params": {"score_threshold": 0.25, "iou_threshold": 0.7, "max_detections": 300},
+        "params": {"score_threshold": 0.1, "iou_threshold": 0.7, "max_detections": 300},
         "weights": {"file": str(checkpoint), "licence": "none", "source": "random", "sha256": sha256_of(checkpoint)},
     }
     return tiny_spec(**base | fields)
@@ -83,23 +84,21 @@ def predict(spec, image_bgr):
 def test_objects_are_those_of_predict(checkpoint_of, arch, end_to_end, shape):
     image = cv2.resize(cv2.imread(str(PHOTO)), shape[::-1])
     checkpoint = checkpoint_of(arch)
-    call = {"imgsz": SIZE, "verbose": False, "device": "cpu", "nms": False if end_to_end else None}
+    call = {"imgsz": SIZE, "verbose": False, "device": "cpu", "conf": 0.1, "nms": False if end_to_end else None}
     theirs = YOLO(str(checkpoint)).predict(image, **call)[0]
     ours = predict(spec_of(checkpoint, options={"end_to_end": end_to_end}), image)
     boxes = theirs.boxes.xyxy.numpy()
     seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     assert len(ours) == seen.sum() > 3
-    order = np.lexsort((ours.class_ids, -ours.scores.round(3)))
-    scores, classes = theirs.boxes.conf.numpy()[seen], theirs.boxes.cls.numpy()[seen]
-    theirs_order = np.lexsort((classes, -scores.round(3)))
-    np.testing.assert_allclose(ours.scores[order], scores[theirs_order], atol=2e-3)
-    for index in range(len(ours)):
-        nearest = np.abs(boxes[seen] - ours.boxes_xyxy[index]).max(axis=1).argmin()
-        np.testing.assert_allclose(ours.boxes_xyxy[index], boxes[seen][nearest], atol=0.1)
+    there = np.column_stack((boxes, 100 * theirs.boxes.conf.numpy(), 1000 * theirs.boxes.cls.numpy()))[seen]
+    here = np.column_stack((ours.boxes_xyxy, 100 * ours.scores, 1000 * ours.class_ids))
+    distance = np.abs(here[:, None] - there[None]).max(axis=2)
+    partners = distance.argmin(axis=1)
+    assert sorted(partners) == list(range(len(ours)))
+    assert distance.min(axis=1).max() < 0.2  # pixels, and hundredths of a score
+    for index, partner in enumerate(partners):
         if arch.endswith("-seg"):
-            from ultralytics.utils.ops import scale_masks
-
-            mask = scale_masks(theirs.masks.data[seen][None, nearest : nearest + 1].float(), shape)[0, 0] > 0.5
+            mask = scale_masks(theirs.masks.data[seen][None, partner : partner + 1].float(), shape)[0, 0] > 0.5
             assert (decode_rle(ours.mask_rles[index], shape) == mask.numpy()).mean() >= 0.995
     assert (ours.mask_rles is not None) == arch.endswith("-seg")
 
@@ -145,12 +144,14 @@ def test_end_to_end_reads_the_other_head(checkpoint_of):
 
 def test_boxes_of_a_half_precision_network_are_float32(checkpoint_of):
     served = create_backend(spec_of(checkpoint_of("yolov8n"))).build().eval()
-    images, sizes = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8), torch.tensor([[64, 64]])
+    images = torch.from_numpy(cv2.resize(cv2.imread(str(PHOTO)), (SIZE, SIZE))[None])
     with torch.inference_mode():
-        whole = served(images, sizes)
-        half = served.half()(images, sizes)
-    assert half[0].dtype == torch.float32
-    assert (half[0] - whole[0]).abs().max() < 0.5
+        boxes, scores = served.half()(images, torch.tensor([[SIZE, SIZE]]))
+    assert boxes.dtype == scores.dtype == torch.float32
+    # Centres lie between cells; in half precision none above 64 would have a fraction finer than 1/16.
+    large = boxes[boxes > 64]
+    assert len(large) > 20
+    assert ((large * 16).frac() != 0).float().mean() > 0.5
 
 
 def test_trusted_known_or_not_at_all(checkpoint_of):
@@ -190,7 +191,7 @@ def test_state_dicts_need_an_architecture(checkpoint_of, tmp_path):
     image = cv2.imread(str(PHOTO))[:90, :120]
     ours = predict(spec_of(plain, options={"arch": "yolov8n"}), image)
     np.testing.assert_array_equal(ours.boxes_xyxy, predict(spec_of(checkpoint_of("yolov8n")), image).boxes_xyxy)
-    with pytest.raises(ConfigError, match="no architecture is known.*'arch'"):
+    with pytest.raises(ConfigError, match="no architecture is known; name one"):
         create_backend(spec_of(plain)).build()
     with pytest.raises(WeightsError, match="do not fit the network"):
         create_backend(spec_of(plain, options={"arch": "yolo11n"})).build()

@@ -4,7 +4,7 @@ The JSON of a result, one object an image:
 
     task, model, version   what was done by whom
     height, width          of the image, pixels, after EXIF orientation
-    timings_ms             decode, preprocess, queue, forward, postprocess, and batch_size
+    timings_ms             decode, preprocess, queue, forward, postprocess, encode, and batch_size
     request_id             what the server's log calls it; left out in process
     classes                classify: [{class_id, class_name, score}], highest score first
     detections             detect: [{class_id, class_name, score, box, mask}], highest score first; box is
@@ -44,6 +44,7 @@ def to_json(result: Result[Prediction]) -> dict[str, Any]:
             "queue": round(times.queue_ms, 3),
             "forward": round(times.forward_ms, 3),
             "postprocess": round(times.postprocess_ms, 3),
+            "encode": round(times.encode_ms, 3),
             "batch_size": times.batch_size,
         },
         **({"request_id": result.request_id} if result.request_id else {}),

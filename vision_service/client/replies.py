@@ -126,6 +126,7 @@ def _result(prediction: Q, info: pb.ResponseInfo, request_id: str) -> Result[Q]:
             forward_ms=times.forward_ms,
             postprocess_ms=times.postprocess_ms,
             batch_size=times.batch_size,
+            encode_ms=times.encode_ms,
         ),
         request_id=request_id,
     )

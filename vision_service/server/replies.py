@@ -6,6 +6,7 @@ for the event loop.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import cast
 
@@ -42,6 +43,13 @@ def write_reply(result: Result[Prediction], call: Call) -> Response:
     Returns:
         The reply of the call's method.
     """
+    started_s = time.perf_counter()
+    reply = _write(result, call)
+    reply.info.timings.encode_ms = 1000 * (time.perf_counter() - started_s)
+    return reply
+
+
+def _write(result: Result[Prediction], call: Call) -> Response:
     match call.task:
         case Task.CLASSIFY:
             return write_classification(cast(Result[Classification], result))

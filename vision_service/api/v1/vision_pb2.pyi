@@ -105,20 +105,22 @@ class ClassFilter(_message.Message):
     def __init__(self, class_names: _Optional[_Iterable[str]] = ..., class_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("decode_ms", "preprocess_ms", "queue_ms", "forward_ms", "postprocess_ms", "batch_size")
+    __slots__ = ("decode_ms", "preprocess_ms", "queue_ms", "forward_ms", "postprocess_ms", "batch_size", "encode_ms")
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     PREPROCESS_MS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_MS_FIELD_NUMBER: _ClassVar[int]
     POSTPROCESS_MS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_MS_FIELD_NUMBER: _ClassVar[int]
     decode_ms: float
     preprocess_ms: float
     queue_ms: float
     forward_ms: float
     postprocess_ms: float
     batch_size: int
-    def __init__(self, decode_ms: _Optional[float] = ..., preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., forward_ms: _Optional[float] = ..., postprocess_ms: _Optional[float] = ..., batch_size: _Optional[int] = ...) -> None: ...
+    encode_ms: float
+    def __init__(self, decode_ms: _Optional[float] = ..., preprocess_ms: _Optional[float] = ..., queue_ms: _Optional[float] = ..., forward_ms: _Optional[float] = ..., postprocess_ms: _Optional[float] = ..., batch_size: _Optional[int] = ..., encode_ms: _Optional[float] = ...) -> None: ...
 
 class ResponseInfo(_message.Message):
     __slots__ = ("model_name", "model_version", "image_height", "image_width", "timings")
