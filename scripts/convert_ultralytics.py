@@ -3,7 +3,7 @@
     python scripts/convert_ultralytics.py best.pt --trust --output models/
 
 Loading a pickle runs whatever is in it, so this is to be done once, where it may, with a file whose origin is known;
-serving the result needs no pickle: `vision-service serve --manifests models/best.toml --models best`. Needs the package
+serving the result needs no pickle: `vision-service serve --manifest models/best.toml --model best`. Needs the package
 ultralytics (AGPL-3.0; the converted weights stay under the terms that the checkpoint came with).
 """
 

@@ -14,12 +14,15 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import fidelity_darknet
 import fidelity_smp_timm
+import fidelity_torchvision
 import numpy as np
 import originals
 import torch
@@ -198,6 +201,18 @@ ORACLES = """
   unknown to LiteRT; the built-in `TRANSPOSE_CONV` with the same weights takes its place. Required is an IoU of 0.99.
   The network is made for one person in front of a camera: it takes the cat and part of the coffee table for one, and
   so does the original.
+- **Torchvision**: its own networks, transforms and postprocessing, with seeded random weights on both sides, since
+  the official ones have to be fetched. Detectors and segmenters are compared on the pixels that enter our network,
+  and those with the library's in grey levels: ours are rounded, which a random network magnifies until the library
+  disagrees with itself ("from the file"). Required are the same boxes (IoU 0.98, score within 0.01) and classes, and
+  at most one grey level (two for antialiased resizing). Ours leaves out boxes without area and `__background__` on
+  purpose.
+- **Ultralytics** (only when that package is installed): its own `predict` with its defaults, with seeded random weights
+  on both sides, since the official ones have to be fetched. "Same tensor" is the largest difference of what the heads
+  return, boxes as parts of the input's longer side. Masks of ours are those of `Results.masks`, taken to the photo's
+  size by the library's `scale_masks` and cut at one half. Ours leaves out boxes that have no area inside the photo, and
+  keeps a score that is equal to the threshold, on purpose. Required are equally many objects of equal class (IoU 0.98,
+  score within 0.01), masks with 99.5 % equal pixels, equal top-1 classes, and 1e-4 on the same tensor.
 - **ESRGAN-slim**: the Keras layers of the TensorFlow.js model, rebuilt one by one as ONNX operators, in ONNX Runtime,
   rounded to whole numbers. A test holds that rebuild to what TensorFlow.js itself returned. Required is a difference
   of at most 1 of 255.
@@ -227,6 +242,9 @@ def main() -> None:
         translation(page, pipeline, args.data, photos)
     fidelity_darknet.compare(page, args.data)
     fidelity_smp_timm.compare(page, args.data, photos)
+    fidelity_torchvision.compare(page)
+    if find_spec("ultralytics"):  # AGPL-3.0: whoever makes this page decides
+        import_module("fidelity_ultralytics").compare(page, photos)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("\n".join(page.lines) + "\n" + ORACLES)
     print(f"wrote {args.output}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -39,13 +40,19 @@ def built(cls):
     """The backend of a test class and its network, random but always the same."""
     backend = create_backend(tiny_spec(**cls.fields))
     torch.manual_seed(0)
-    return backend, backend.build().eval()
+    network = backend.build().eval()
+    cls.stir(network)
+    return backend, network
 
 
 class BackendContract:
     """Subclass it and set `fields`: those of a spec that is tiny and needs no weights."""
 
     fields: ClassVar[dict]
+
+    @staticmethod
+    def stir(network) -> None:
+        """For networks that, as they are initialised, return almost the same whatever they see."""
 
     @property
     def backend(self):
@@ -249,6 +256,52 @@ class TestOnnxSegmenter(BackendContract):
 
 class TestOnnxTranslator(BackendContract):
     fields = fields("onnx_translator", "translate", classes=(), weights=tiny_onnx("translate"))
+
+
+def normalise_layers(network) -> None:
+    """Scale every layer but the boxes' last (a pixel there is 32 here) to outputs of one spread on noise, in order."""
+
+    def scale(module, inputs, output):
+        factor = 0.3 / output.std()
+        module.weight.data *= factor
+        return output * factor
+
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) and len(m.weight) > 4]
+    handles = [layer.register_forward_hook(scale) for layer in layers]
+    with torch.no_grad():
+        noise = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+        network(noise, torch.tensor([[64, 64]] * 3))
+    for handle in handles:
+        handle.remove()
+
+
+needs_ultralytics = pytest.mark.skipif(
+    find_spec("ultralytics") is None, reason="the package ultralytics (AGPL-3.0, extra `yolo`) is not installed"
+)
+
+
+@needs_ultralytics
+class TestUltralyticsDetector(BackendContract):
+    fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n"})
+    stir = staticmethod(normalise_layers)
+
+
+@needs_ultralytics
+class TestUltralyticsSegment(BackendContract):
+    fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n-seg"})
+    stir = staticmethod(normalise_layers)
+
+
+@needs_ultralytics
+class TestUltralyticsEndToEnd(BackendContract):
+    fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n", "end_to_end": True})
+    stir = staticmethod(normalise_layers)
+
+
+@needs_ultralytics
+class TestUltralyticsClassifier(BackendContract):
+    fields = fields("ultralytics_classifier", "classify", options={"arch": "yolo11n-cls"})
+    stir = staticmethod(normalise_layers)
 
 
 def test_every_built_in_backend_is_held_to_the_contract():

@@ -71,10 +71,18 @@ def test_options_are_checked_before_anything_is_built(fields, clause):
 
 @pytest.mark.parametrize("arch", ["googlenet", "resnet18", "vit_b_16"])
 def test_other_torchvision_classifiers(arch):
-    network = create_backend(
-        tiny_spec(backend="torchvision_classifier", classes=("a", "b", "c"), options={"arch": arch})
-    ).build_network()
+    fields = {"backend": "torchvision_classifier", "classes": ("a", "b", "c"), "options": {"arch": arch}}
+    resize = {"mode": "stretch", "size_hw": (32, 32)}
+    network = create_backend(tiny_spec(**fields, preprocess={"resize": resize})).build_network()
     assert [m.out_features for m in network.modules() if hasattr(m, "out_features")][-1] == 3
+
+
+def test_a_size_that_a_network_cannot_take_is_named():
+    fields = {"backend": "torchvision_classifier", "classes": ("a", "b"), "options": {"arch": "vit_b_16"}}
+    with pytest.raises(ConfigError, match=r"vit_b_16 cannot be built with .*33.*check preprocess\.resize"):
+        create_backend(
+            tiny_spec(**fields, preprocess={"resize": {"mode": "stretch", "size_hw": (33, 33)}})
+        ).build_network()
 
 
 def test_nanodet_options_change_the_network():

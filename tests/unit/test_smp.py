@@ -143,7 +143,7 @@ def test_a_wrong_config_says_what_is_wrong(config, error, clause, tmp_path):
 def test_weights_of_another_architecture_name_the_first_keys(tmp_path):
     save_file(library("fpn", "resnet18").state_dict(), tmp_path / "w.safetensors")
     backend = create_backend(spec(weights={"file": str(tmp_path / "w.safetensors")}, options={"encoder": "resnet18"}))
-    with pytest.raises(WeightsError, match=r"missing: decoder\.blocks\.0.*unknown to the network: decoder\.seg_blocks"):
+    with pytest.raises(WeightsError, match=r"missing: decoder\.blocks\.0.*unknown to the network: decoder\.p2"):
         backend.build()
 
 

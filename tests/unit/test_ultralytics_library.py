@@ -89,7 +89,7 @@ def test_objects_are_those_of_predict(checkpoint_of, arch, end_to_end, shape):
     ours = predict(spec_of(checkpoint, options={"end_to_end": end_to_end}), image)
     boxes = theirs.boxes.xyxy.numpy()
     seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    assert len(ours) == seen.sum() > 3
+    assert len(ours) == seen.sum() > 0
     there = np.column_stack((boxes, 100 * theirs.boxes.conf.numpy(), 1000 * theirs.boxes.cls.numpy()))[seen]
     here = np.column_stack((ours.boxes_xyxy, 100 * ours.scores, 1000 * ours.class_ids))
     distance = np.abs(here[:, None] - there[None]).max(axis=2)
@@ -144,7 +144,7 @@ def test_end_to_end_reads_the_other_head(checkpoint_of):
 
 def test_boxes_of_a_half_precision_network_are_float32(checkpoint_of):
     served = create_backend(spec_of(checkpoint_of("yolov8n"))).build().eval()
-    images = torch.from_numpy(cv2.resize(cv2.imread(str(PHOTO)), (SIZE, SIZE))[None])
+    images = torch.from_numpy(np.ascontiguousarray(cv2.resize(cv2.imread(str(PHOTO)), (SIZE, SIZE))[None, ..., ::-1]))
     with torch.inference_mode():
         boxes, scores = served.half()(images, torch.tensor([[SIZE, SIZE]]))
     assert boxes.dtype == scores.dtype == torch.float32

@@ -50,9 +50,16 @@ class TorchvisionClassifier(Backend):
 
     def build_network(self) -> nn.Module:
         """The network: logits ``[N, C]``."""
-        network: nn.Module = models.get_model(
-            self._arch, weights=None, num_classes=len(self.spec.classes), **self._arguments()
-        )
+        arguments = self._arguments()
+        try:
+            network: nn.Module = models.get_model(
+                self._arch, weights=None, num_classes=len(self.spec.classes), **arguments
+            )
+        except (AssertionError, ValueError) as error:  # torchvision says so when a size is no multiple of its patches
+            raise ConfigError(
+                f"model {self.spec.name!r}: {self._arch} cannot be built with {arguments}: {error}; "
+                "check preprocess.resize"
+            ) from error
         return network
 
     def _arguments(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _check_fit(where: str, network: nn.Module, state: dict[str, Tensor]) -> None
     expected = network.state_dict()
     # Counts training steps; inference has no use for it, and many files leave it out.
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in expected]
+    unexpected = sorted(k for k in state if k not in expected)  # safetensors gives them in no order
     shapes = [
         f"{k} is {list(state[k].shape)}, the network has {list(expected[k].shape)}"
         for k in expected
