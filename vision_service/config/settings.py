@@ -113,8 +113,6 @@ class ServerSettings(BaseSettings):
     @field_validator("models")
     @classmethod
     def _each_once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
-        if not models:
-            raise ValueError("name at least one model")
         twice = sorted({name for name in models if models.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is named twice")

@@ -35,9 +35,9 @@ class ShortestSideCrop(Spec):
 class Letterbox(Spec):
     """Resize to fit inside a size, keeping the aspect ratio, and fill the rest with a colour.
 
-    With ``pad_multiple`` each side is padded by no more than the remainder: the smallest rectangle that a network of that
-    stride takes, if the size is a multiple of it (Ultralytics' ``auto``). Images of unequal shape then make inputs of
-    unequal size, which do not share a batch.
+    With ``pad_multiple`` each side is padded by no more than the remainder: the smallest rectangle that a network of
+    that stride takes, if the size is a multiple of it (Ultralytics' ``auto``). Images of unequal shape then make inputs
+    of unequal size, which do not share a batch.
     """
 
     mode: Literal["letterbox"] = "letterbox"

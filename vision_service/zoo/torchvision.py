@@ -16,7 +16,7 @@ from torchvision import models
 from torchvision.models import detection, segmentation
 from torchvision.transforms import InterpolationMode
 
-from vision_service.config import Limit, ModelSpec, PreprocessSpec, ShortestSideCrop, Stretch, WeightsSpec
+from vision_service.config import BatchingSpec, Limit, ModelSpec, PreprocessSpec, ShortestSideCrop, Stretch, WeightsSpec
 from vision_service.types import Params, Task
 
 _SHA256 = re.compile(r"-([0-9a-f]{8,64})\.pth$")
@@ -66,6 +66,8 @@ def spec(name: str, version: str = "") -> ModelSpec | None:
         backend=_BACKENDS[task],
         classes=tuple(member.meta["categories"]),
         weights=_weights(member),
+        # A detector's batch of eight takes seconds on a CPU, and the warm-up runs them all.
+        batching=BatchingSpec(max_batch_size=4 if task is Task.DETECT else 8),
         **fields,
     )
 
