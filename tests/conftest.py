@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import PLUGINS, ROOT
+
+# Read when torch is imported. The networks here are tiny, and threads that wait for each other on a busy machine cost
+# several times what they save. What a test sets itself, such as a thread budget, still holds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = ROOT.parent / "shared"
 

@@ -328,6 +328,11 @@ def test_a_model_that_fails_stops_the_start_or_is_left_out(tmp_path):
             vision.Classify(raw_request(5, model=pb.ModelSelector(name="bad")), timeout=10)
 
 
+def test_a_server_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="name at least one model to serve"):
+        VisionServer(ServerSettings.read(models=()))
+
+
 def test_a_taken_port_is_a_clear_error(server, tmp_path):
     other = VisionServer(settings(tmp_path, {"tiny": ""}, port=server.port))
     import asyncio

@@ -40,7 +40,6 @@ def test_lists_and_nested_values_from_the_environment(monkeypatch):
         ('model.nothing.device = "cpu"', "model 'nothing', which is not served"),
         ('default_models.detect = "mobilenet_v2"', "which is a classify model"),
         ('default_models.detect = "nano"', "which is not served"),
-        ("models = []", "name at least one model"),
         ('models = ["nanodet_g", "nanodet_g"]', "nanodet_g is named twice"),
         ("model.nanodet_g.batching.max_batch = 3", "batching.max_batch: Extra inputs"),
         ('device = "tpu"', "device: String should match"),

@@ -31,8 +31,6 @@ def resolve_specs(settings: ServerSettings) -> list[ModelSpec]:
     Raises:
         ConfigError: a model is unknown, a replacement is for a model that is not served, or it does not fit.
     """
-    if not settings.models:
-        raise ConfigError("models: name at least one model")
     for name in settings.trusted_models:
         if name not in settings.models:
             raise ConfigError(f"trusted_models has {name!r}, which is not served; {choices(name, settings.models)}")

@@ -48,6 +48,8 @@ class VisionServer:
     """
 
     def __init__(self, settings: ServerSettings) -> None:
+        if not settings.models:
+            raise ConfigError("models: name at least one model to serve")
         self.settings = settings
         self._specs = resolve_specs(settings)
         self.pipeline = build_pipeline(settings, self._specs)
