@@ -211,9 +211,8 @@ ORACLES = """
   on both sides, since the official ones have to be fetched. "Same tensor" is the largest difference of what the heads
   return, boxes as parts of the input's longer side. Masks of ours are those of `Results.masks`, taken to the photo's
   size by the library's `scale_masks` and cut at one half. Ours leaves out boxes that have no area inside the photo, and
-  keeps a score that is equal to the threshold, on purpose. Required are pairs of equal class (IoU 0.98, score
-  within 0.01) for all but one object in two hundred, where a threshold may be a close call; masks with 99.5 % equal
-  pixels, equal top-1 classes, and 1e-4 on the same tensor.
+  keeps a score that is equal to the threshold, on purpose. Required are equally many objects of equal class (IoU 0.98,
+  score within 0.01), masks with 99.5 % equal pixels, equal top-1 classes, and 1e-4 on the same tensor.
 - **ESRGAN-slim**: the Keras layers of the TensorFlow.js model, rebuilt one by one as ONNX operators, in ONNX Runtime,
   rounded to whole numbers. A test holds that rebuild to what TensorFlow.js itself returned. Required is a difference
   of at most 1 of 255.

@@ -83,7 +83,7 @@ def _compare_one(page: Page, photos: list[Path], arch: str, end_to_end: bool, fo
     call = {"verbose": False, "device": "cpu", "save": False, "nms": False if end_to_end else None}
     results = [theirs.predict(cv2.imread(str(photo)), **call)[0] for photo in photos]
     off = _same_tensor(spec, theirs.predictor.model.model, photos[0], end_to_end)
-    with local_pipeline(("selfie_segmentation",), device="cpu") as pipeline:  # it wants one to begin with
+    with local_pipeline((), device="cpu") as pipeline:
         pipeline.catalog.load(spec)
         ours = list(pipeline.predict_many(photos, task=spec.task, model=spec.name))
     name = f"{arch}, end to end" if end_to_end else arch
@@ -187,9 +187,7 @@ def _row_detect(page: Page, name: str, off: float, ours: list[Any], theirs: list
             if found.mask_rles is not None:
                 mask = decode_rle(found.mask_rles[index], original_hw)
                 equal = min(equal, float((mask == _their_mask(other, int(kept[partner]), original_hw)).mean()))
-    # Rounding decides a close call at a threshold, and hundreds of random boxes have some.
-    paired = matched >= 0.995 * max(counts)
-    ok = paired and least >= 0.98 and largest <= 0.01 and equal >= 0.995 and off <= 1e-4
+    ok = counts[0] == counts[1] == matched and least >= 0.98 and largest <= 0.01 and equal >= 0.995 and off <= 1e-4
     pixels = f"{100 * equal:.3f} %" if any(r.masks is not None for r in theirs) else ""
     page.row(
         name, f"{off:.1e}", f"{counts[0]} / {counts[1]}", str(matched), f"{least:.4f}", f"{largest:.1e}", pixels, ok=ok
