@@ -131,3 +131,12 @@ def test_importing_costs_no_matplotlib():
         "import sys, vision_service.imaging.draw; sys.exit({'matplotlib', 'supervision'} & set(sys.modules) != set())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_names_of_boxes_that_start_at_one_place_are_kept_apart():
+    from vision_service.imaging.draw import _names_below
+
+    # Lowest score first: the last one keeps its name above, the one that starts beside it gets it below.
+    boxes = np.array([[200, 5, 300, 90], [2, 3, 280, 190], [6, 1, 290, 195]], np.float32)
+    assert _names_below(boxes, 40).tolist() == [False, True, False]
+    assert _names_below(boxes[:0], 40).tolist() == []

@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from vision_service.imaging.masks import decode_rle
 from vision_service.types import (
     VOID,
     Classification,
     Detections,
+    Float32Array,
     Prediction,
     SegmentationMap,
     TranslatedImage,
@@ -68,15 +70,38 @@ def _draw_detections(image: UInt8Array, prediction: Detections) -> UInt8Array:
     ]
     scale, thickness = _text_scale(image), _line_width(image)
     scene = sv.BoxAnnotator(color=_palette(), thickness=thickness).annotate(_with_masks(image, prediction), detections)
-    writer = sv.LabelAnnotator(
-        color=_palette(),
-        text_color=sv.Color.BLACK,
-        text_scale=scale,
-        text_thickness=max(1, round(scale * 1.5)),
-        text_padding=max(2, round(scale * 8)),
-        smart_position=True,  # otherwise the name of a box at the upper edge is cut off
-    )
-    return _rgb(writer.annotate(scene, detections, labels))
+    below = _names_below(prediction.boxes_xyxy[::-1], 60 * scale)
+    for where, chosen in ((sv.Position.TOP_LEFT, ~below), (sv.Position.BOTTOM_LEFT, below)):
+        writer = sv.LabelAnnotator(
+            color=_palette(),
+            text_color=sv.Color.BLACK,
+            text_scale=scale,
+            text_thickness=max(1, round(scale * 1.5)),
+            text_padding=max(2, round(scale * 8)),
+            text_position=where,
+            smart_position=True,  # otherwise the name of a box at the edge is cut off
+        )
+        names = [label for label, wanted in zip(labels, chosen, strict=True) if wanted]
+        if names:
+            scene = writer.annotate(scene, cast(sv.Detections, detections[chosen]), names)
+    return _rgb(scene)
+
+
+def _names_below(boxes_xyxy: Float32Array, near: float) -> NDArray[np.bool_]:
+    """Which boxes have their name at the lower edge: those that start where a higher-scored one (a later row) starts.
+
+    Args:
+        boxes_xyxy: float32 ``[N, 4]``, lowest score first.
+        near: upper left corners that are closer than this, in pixels, would have their names on each other.
+
+    Returns:
+        bool ``[N]``.
+    """
+    below = np.zeros(len(boxes_xyxy), bool)
+    for index in range(len(boxes_xyxy) - 1, -1, -1):
+        above = boxes_xyxy[index + 1 :][~below[index + 1 :], :2]
+        below[index] = bool((np.abs(above - boxes_xyxy[index, :2]) < near).all(axis=1).any())
+    return below
 
 
 def _with_masks(image: UInt8Array, prediction: Detections) -> UInt8Array:
