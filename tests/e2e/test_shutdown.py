@@ -90,7 +90,8 @@ def test_a_signal_while_loading_ends_without_serving(tmp_path):
     ) as process:
         while "log_format" not in process.stdout.readline():
             pass
-        time.sleep(4)  # into the warm-up, which waits for the gate
+        while not (tmp_path / "gate.entered").exists():  # the warm-up, which waits for the gate
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         gate.touch()

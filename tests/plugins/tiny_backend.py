@@ -1,7 +1,8 @@
 """A third party's backends, as small as they get: found by their entry points, so the tests use the real mechanism.
 
 The network answers with the image's mean red value, so whoever sent an image knows which answer is its own.
-Option `gate`: the forward pass waits until the file of that name exists. Option `fail_red`: an image of that red
+Option `gate`: the forward pass waits until the file of that name exists, and says so by a file
+`NAME.entered`. Option `fail_red`: an image of that red
 value makes the network raise. `SEEN` counts the images that reached a network, by red value.
 """
 
@@ -33,6 +34,8 @@ class TinyNetwork(nn.Module):
         for red in reds.int().tolist():
             SEEN[red] += 1
         BATCHES.append(len(reds))
+        if self.gate:
+            Path(f"{self.gate}.entered").touch()
         deadline = time.monotonic() + 30
         while self.gate and not Path(self.gate).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
