@@ -6,10 +6,10 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format protos fidelity train-segnet clean
+.PHONY: help install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 install: $(INSTALLED) ## Create .venv and install the project with its development tools
 
@@ -42,6 +42,12 @@ protos: install ## Generate vision_service/api from protos/
 
 fidelity: install ## Compare with the reference implementations on ../shared/data and write docs/fidelity.md
 	$(BIN)/python scripts/fidelity.py
+
+fidelity-short: install ## The same for fewer networks, in some minutes; writes nothing
+	$(BIN)/python scripts/fidelity.py --short
+
+train-fidelity: install ## Train torchvision's networks on ../shared/data, an hour on one core, for `make fidelity`
+	$(BIN)/python scripts/train_fidelity.py
 
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
