@@ -48,6 +48,7 @@ class ModelInfo:
         backend: which adapter builds it.
         device: where it runs: ``cpu``, ``cuda:0``, ...
         runtime: how it is executed: ``torch``, ...
+        runtime_reason: why it is executed so: what was chosen, or what could not take it.
         precision: ``fp32``, ``fp16``, ...
         licence: of the weights, SPDX where there is one.
         source: where the weights come from.
@@ -67,6 +68,7 @@ class ModelInfo:
     backend: str = ""
     device: str = ""
     runtime: str = ""
+    runtime_reason: str = ""
     precision: str = ""
     licence: str = ""
     source: str = ""

@@ -51,6 +51,7 @@ _SAME_FIELDS = (
     "backend",
     "device",
     "runtime",
+    "runtime_reason",
     "precision",
     "licence",
     "source",

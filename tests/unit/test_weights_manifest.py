@@ -130,7 +130,7 @@ def test_the_same_version_twice(write):
     [
         ("bakcend = 'x'", r"model 'mine': unknown field 'bakcend'; did you mean 'backend'\?"),
         ("background_id = 9", "background_id 9 is not among the 2 classes"),
-        ("precision = 'fp8'", "precision: Input should be 'auto', 'fp32' or 'fp16'"),
+        ("precision = 'fp8'", "precision: Input should be 'auto', 'fp32', 'bf16', 'fp16' or 'int8'"),
         ("params = { score_threshold = 2 }", "score_threshold: must be a number from 0 to 1, got 2"),
         ("batching = { max_batch_size = 0 }", "batching.max_batch_size: Input should be greater than or equal to 1"),
     ],

@@ -33,6 +33,10 @@ Classes = Annotated[
 
 Config = Annotated[Path | None, typer.Option(help="Settings file (TOML), as for serve.", dir_okay=False)]
 Manifests = Annotated[list[Path] | None, typer.Option("--manifest", help="Manifest of further models; repeatable.")]
+Runtime = Annotated[
+    str | None, typer.Option(help="How models are executed: auto, torch, openvino, ...; see docs/runtimes.md.")
+]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
 
 TAKES: dict[str, tuple[str, ...]] = {
     "classify": ("top_k", "score_threshold", "classes"),

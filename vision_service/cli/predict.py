@@ -20,6 +20,8 @@ def predict(
     model: Annotated[list[str] | None, typer.Option(help="Model to run; repeat for several.")] = None,
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of further models; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    runtime: options.Runtime = None,
+    precision: options.Precision = None,
     output: options.Output = None,
     top_k: options.TopK = None,
     score_threshold: options.ScoreThreshold = None,
@@ -53,7 +55,13 @@ def predict(
     with Downloads() as watcher:
         pull_missing(list(specs.values()), ServerSettings.read(), watcher)
     with (
-        local_pipeline(list(specs), device=device, manifests=manifest or []) as pipeline,
+        local_pipeline(
+            list(specs),
+            device=device,
+            runtime=runtime,
+            precision=precision,
+            manifests=manifest or [],
+        ) as pipeline,
         ResultSink(output, as_json=as_json, total=len(files) * len(specs)) as sink,
     ):
         for spec in specs.values():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vision_service.cli import options
+
 if TYPE_CHECKING:
     from vision_service.config.settings import ServerSettings
     from vision_service.server.app import VisionServer
@@ -25,6 +27,8 @@ def serve(
         bool | None, typer.Option("--offline/--online", help="Never fetch missing weights over the network.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    runtime: options.Runtime = None,
+    precision: options.Precision = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
 ) -> None:
@@ -49,6 +53,8 @@ def serve(
         "trusted_models": tuple(trust) if trust else None,
         "offline": offline,
         "device": device,
+        "runtime": runtime,
+        "precision": precision,
         "log_level": log_level.upper() if log_level else None,
         "log_format": log_format,
     }

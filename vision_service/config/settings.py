@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from vision_service.config.specs import PrecisionName, RuntimeName
 from vision_service.errors import ConfigError, choices
 from vision_service.types import Task
 
@@ -42,6 +43,9 @@ class ServerSettings(BaseSettings):
         offline: never use the network to fetch weights.
         trusted_models: models whose weight files may run code when they are loaded (pickles), by name as in ``models``.
         device: where models run whose spec says ``auto``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        runtime: how models are executed whose spec says ``auto``: ``auto``, ``torch``, ``openvino``, ...
+        precision: of models whose spec says ``auto``: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        compile_cache_dir: where compiled networks are kept for the next start; by default beside ``weights_dir``.
         require_all_models: stop when a model cannot be loaded; otherwise serve the others.
         decode_workers: threads that decode and preprocess; 0 plans them from the usable cores.
         runtime_threads: threads inside one forward pass on the CPU; 0 plans them from the usable cores.
@@ -69,6 +73,9 @@ class ServerSettings(BaseSettings):
     offline: bool = False
     trusted_models: Annotated[tuple[str, ...], NoDecode] = ()
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    runtime: RuntimeName = "auto"
+    precision: PrecisionName = "auto"
+    compile_cache_dir: Path = Field(default_factory=lambda read: _beside(read.get("weights_dir")))
     require_all_models: bool = True
     decode_workers: Annotated[int, Field(ge=0)] = 0
     runtime_threads: Annotated[int, Field(ge=0)] = 0
@@ -123,7 +130,7 @@ class ServerSettings(BaseSettings):
     def _split_at_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("weights_dir")
+    @field_validator("weights_dir", "compile_cache_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -136,6 +143,11 @@ def default_weights_dir() -> Path:
     # XDG Base Directory Specification: a relative path in the variable is to be ignored.
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "vision-service" / "weights"
+
+
+def _beside(weights_dir: Path | None) -> Path:
+    """Where compiled networks go by default. There is no ``weights_dir`` when what was given for it is wrong."""
+    return (weights_dir or default_weights_dir()).parent / "compiled"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ SizeHW = tuple[Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Byte, Byte, Byte]
 Triple = tuple[float, float, float]
+RuntimeName = Literal["auto", "torch", "openvino"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -99,6 +101,12 @@ class PreprocessSpec(Spec):
     std: Triple = (255.0, 255.0, 255.0)
     max_pixels: Positive | None = None
 
+    @property
+    def any_input_size(self) -> bool:
+        """Whether images of unequal shape make inputs of unequal size."""
+        resize = self.resize
+        return isinstance(resize, Limit | Native) or (isinstance(resize, Letterbox) and resize.pad_multiple is not None)
+
     @field_validator("std")
     @classmethod
     def _no_zero(cls, std: Triple) -> Triple:
@@ -172,7 +180,8 @@ class ModelSpec(Spec):
         trusted: whether the weight file may run code while it is loaded, which only some formats need (pickles that
             are more than tensors); set by ``serve --trust NAME`` and the setting ``trusted_models``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto`` is fp32 on a CPU and fp16 on a GPU.
+        runtime: how it is executed; ``auto`` picks by device and by what is installed. See docs/runtimes.md.
+        precision: of the arithmetic; ``auto`` is fp32 on a CPU and fp16 on a GPU.
     """
 
     name: str
@@ -188,7 +197,8 @@ class ModelSpec(Spec):
     weights: WeightsSpec | None = None
     trusted: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    precision: Literal["auto", "fp32", "fp16"] = "auto"
+    runtime: RuntimeName = "auto"
+    precision: PrecisionName = "auto"
 
     @field_validator("name", "version")
     @classmethod

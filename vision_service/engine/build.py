@@ -18,6 +18,7 @@ from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import ThreadBudget, usable_cores
 from vision_service.errors import ConfigError, WeightsError, choices
 from vision_service.imaging.decode import DecodeLimits
+from vision_service.runtimes import Execution
 from vision_service.weights.download import FetchOptions, Watcher
 from vision_service.weights.manifest import find_model
 from vision_service.weights.pull import pull, wanted
@@ -43,8 +44,9 @@ def resolve_specs(settings: ServerSettings) -> list[ModelSpec]:
         spec = replace_fields(found, settings.model.get(name, {}))
         if name in settings.trusted_models:
             spec = replace_fields(spec, {"trusted": True})
-        if spec.device == "auto":
-            spec = replace_fields(spec, {"device": settings.device})
+        for field in ("device", "runtime", "precision"):
+            if getattr(spec, field) == "auto":
+                spec = replace_fields(spec, {field: getattr(settings, field)})
         specs.append(spec)
     for task, name in settings.default_models.items():
         default = next((spec for spec in specs if spec.name == name), None)
@@ -119,7 +121,7 @@ def build_pipeline(settings: ServerSettings, specs: Sequence[ModelSpec]) -> Pipe
     )
     budget.apply()
     return Pipeline(
-        Catalog(settings.default_models),
+        Catalog(settings.default_models, Execution(budget.runtime_threads, settings.compile_cache_dir)),
         decode_workers=budget.decode_workers,
         limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
         max_decoding_jobs=settings.max_decoding_jobs,
@@ -128,19 +130,29 @@ def build_pipeline(settings: ServerSettings, specs: Sequence[ModelSpec]) -> Pipe
 
 @contextmanager
 def local_pipeline(
-    models: Sequence[str] = EMBEDDED_MODELS, *, device: str = "auto", manifests: Sequence[Path] = ()
+    models: Sequence[str] = EMBEDDED_MODELS,
+    *,
+    device: str = "auto",
+    runtime: str | None = None,
+    precision: str | None = None,
+    manifests: Sequence[Path] = (),
 ) -> Iterator[Pipeline]:
     """A pipeline in this process with models loaded; closed on the way out.
 
     Args:
         models: names in the manifests and the zoo; missing weights are fetched.
         device: where models run whose spec says ``auto``.
+        runtime: how models are executed whose spec says ``auto``; ``None``: as the environment says.
+        precision: of models whose spec says ``auto``; likewise.
         manifests: manifests of further models.
 
     Raises:
         ConfigError: a model is unknown or cannot be loaded.
     """
-    settings = ServerSettings.read(models=tuple(models), device=device, manifests=tuple(manifests))
+    chosen: dict[str, Any] = {
+        name: value for name, value in (("runtime", runtime), ("precision", precision)) if value is not None
+    }
+    settings = ServerSettings.read(models=tuple(models), device=device, manifests=tuple(manifests), **chosen)
     specs = resolve_specs(settings)
     with build_pipeline(settings, specs) as pipeline:
         pull_missing(specs, settings)

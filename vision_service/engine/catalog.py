@@ -12,6 +12,7 @@ from vision_service.config import ModelSpec
 from vision_service.engine.host import ModelHost
 from vision_service.errors import ConfigError, InvalidInput, ModelNotFound, ModelUnavailable, choices
 from vision_service.model_info import ModelInfo, ModelState
+from vision_service.runtimes import Execution
 from vision_service.types import Task
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ class Catalog:
     Args:
         defaults: for a task, the model that answers calls that name none; a task left out has the model that was
             registered first.
+        execution: what the process gives the models' runtimes.
     """
 
-    def __init__(self, defaults: Mapping[Task, str] | None = None) -> None:
+    def __init__(self, defaults: Mapping[Task, str] | None = None, execution: Execution | None = None) -> None:
         self._defaults = dict(defaults or {})
+        self._execution = execution
         self._lock = threading.Lock()
         self._changing = threading.Lock()  # one load, unload or close at a time
         self._closed = False
@@ -50,7 +53,7 @@ class Catalog:
         with self._changing:
             if self._closed:
                 raise ModelUnavailable(f"model {spec.name!r} is not loaded: the service is stopping")
-            host = ModelHost(spec)
+            host = ModelHost(spec, self._execution)
             with self._lock:
                 self._check_task(spec)
                 old = self._hosts.setdefault(spec.name, {}).setdefault(spec.version, host)

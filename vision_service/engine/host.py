@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from vision_service.errors import (
 )
 from vision_service.imaging.preprocess import content_hw, preprocess, stack
 from vision_service.model_info import ModelInfo, ModelState
-from vision_service.runtimes import Forward, Runtime, TorchEager
+from vision_service.runtimes import Compiled, Execution, Forward, Workload, choose_precision, compile_network
 from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,12 @@ class ModelHost:
 
     Args:
         spec: the model.
+        execution: what the process gives its runtimes.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, execution: Execution | None = None) -> None:
         self.spec = spec
+        self._execution = execution
         self._state = ModelState.LOADING
         self._state_reason = ""
         self._state_lock = threading.Lock()
@@ -99,8 +101,8 @@ class ModelHost:
         self._backend: Backend | None = None
         self._forward: Forward | None = None
         self._batcher: Batcher[Prepared, Answer] | None = None
-        self._runtime: Runtime | None = None
-        self._precision: Literal["auto", "fp32", "fp16"] = spec.precision
+        self._device: torch.device | None = None
+        self._compiled: Compiled | None = None
 
     @property
     def state(self) -> ModelState:
@@ -220,9 +222,10 @@ class ModelHost:
             state_reason=self._state_reason,
             is_default=is_default,
             backend=spec.backend,
-            device=str(self._device) if self._runtime is not None else spec.device,
-            runtime=self._runtime.name if self._runtime is not None else "",
-            precision=self._precision,
+            device=str(self._device or spec.device),
+            runtime=self._compiled.runtime if self._compiled is not None else spec.runtime,
+            runtime_reason=self._compiled.reason if self._compiled is not None else "",
+            precision=self._compiled.precision if self._compiled is not None else spec.precision,
             licence=spec.weights.licence if spec.weights is not None else "",
             source=spec.weights.source if spec.weights is not None else "",
             class_names=spec.classes,
@@ -232,20 +235,26 @@ class ModelHost:
             queued_jobs=self._batcher.queued_jobs if self._batcher is not None else 0,
         )
 
-    @property
-    def _device(self) -> torch.device:
-        assert self._runtime is not None, "set by load()"
-        return self._runtime.device
-
     def _load(self) -> None:
         spec = self.spec
-        self._runtime = TorchEager(pick_device(spec.device))
-        if self._precision == "auto":
-            self._precision = "fp16" if self._device.type == "cuda" else "fp32"
+        self._device = pick_device(spec.device)
         self._backend = create_backend(spec)
         network = self._backend.build()
         example = self._example()
-        self._forward = self._runtime.compile(network, torch.from_numpy(example.pixels).unsqueeze(0), self._precision)
+        self._compiled = compile_network(
+            network,
+            Workload(
+                torch.from_numpy(example.pixels).unsqueeze(0),
+                max_batch_size=spec.batching.max_batch_size,
+                any_size=spec.preprocess.any_input_size,
+            ),
+            runtime=spec.runtime,
+            precision=choose_precision(spec.precision, self._device),
+            device=self._device,
+            execution=self._execution,
+        )
+        self._forward = self._compiled.forward
+        logger.info("model %s: %s", self.label, self._compiled)
         size = 1
         while size < 2 * spec.batching.max_batch_size:
             self._execute([example] * min(size, spec.batching.max_batch_size))
@@ -289,7 +298,7 @@ class ModelHost:
                 )
 
     def _free(self) -> None:
-        was_on_gpu = self._runtime is not None and self._runtime.device.type == "cuda"
+        was_on_gpu = self._device is not None and self._device.type == "cuda"
         self._forward = None
         self._backend = None
         if was_on_gpu:

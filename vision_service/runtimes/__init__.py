@@ -1,6 +1,19 @@
 """Ways to execute a network."""
 
-from vision_service.runtimes.base import Forward, Runtime
-from vision_service.runtimes.torch_eager import TorchEager
+from vision_service.runtimes.base import CannotCompile, Execution, Forward, Precision, Runtime, Workload
+from vision_service.runtimes.choose import Compiled, choose_precision, compile_network
+from vision_service.runtimes.table import RUNTIMES, create_runtime
 
-__all__ = ["Forward", "Runtime", "TorchEager"]
+__all__ = [
+    "RUNTIMES",
+    "CannotCompile",
+    "Compiled",
+    "Execution",
+    "Forward",
+    "Precision",
+    "Runtime",
+    "Workload",
+    "choose_precision",
+    "compile_network",
+    "create_runtime",
+]

@@ -3,41 +3,136 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vision_service.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """uint8 images ``[N, h, w, 3]`` and int64 sizes ``[N, 2]`` (height and width of each picture, the rest is padding), on
-the CPU, in; dense tensors, batch first, on the runtime's device out."""
+the CPU, in; dense tensors, batch first, on the runtime's device out.
+
+The input may be a view of memory that is written again as soon as the call has returned: no output shares it, and
+nothing is pending on the device. Outputs are the caller's: a later call does not change them. One call at a time.
+"""
+
+
+class CannotCompile(ConfigError):
+    """This network, in this precision, is not for this runtime; another one may do. The message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What the process gives its runtimes.
+
+    Attributes:
+        threads: inside one forward pass on the CPU; 0: as many as torch uses in this process.
+        cache_dir: where compiled networks are kept for the next start; ``None``: nowhere.
+    """
+
+    threads: int = 0
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a network will be given, and what is known of it.
+
+    Attributes:
+        example: images of the kind it will see, uint8 ``[1, h, w, 3]``.
+        max_batch_size: the largest batch.
+        any_size: whether heights and widths other than the example's will come.
+        identity: stands for everything that decides what the network computes; equal ones may share a compiled
+            network. Empty: nothing is cached.
+        calibration: reads the images, uint8 ``[h, w, 3]`` as the network takes them, that an int8 network's scales are
+            measured on; ``None``: there are none.
+    """
+
+    example: Tensor
+    max_batch_size: int = 8
+    any_size: bool = False
+    identity: str = ""
+    calibration: Callable[[], Sequence[Tensor]] | None = None
 
 
 class Runtime(ABC):
     """One way to execute a network on one device.
 
+    Attributes:
+        name: in the table of runtimes.
+        precisions: what it can run in, by the kind of device; a kind that is not there it cannot use.
+
     Args:
         device: where it runs.
+        execution: what it may use.
+
+    Raises:
+        ConfigError: a package is missing (the message says how to install it), or the device is not for it.
     """
 
-    name: str
+    name: ClassVar[str]
+    precisions: ClassVar[Mapping[str, tuple[Precision, ...]]]
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, execution: Execution | None = None) -> None:
         self.device = device
+        self.execution = execution or Execution()
+        if device.type not in self.precisions:
+            kinds = " or ".join(self.precisions)
+            raise ConfigError(f"runtime {self.name} runs on {kinds}, not on {device}; use runtime auto")
+
+    @property
+    def threads(self) -> int:
+        """Threads inside one forward pass on the CPU."""
+        return self.execution.threads or torch.get_num_threads()
+
+    @property
+    def version(self) -> str:
+        """Of the library that executes."""
+        return torch.__version__
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse what this runtime has not got.
+
+        Raises:
+            ConfigError: says what there is.
+        """
+        have = self.precisions[self.device.type]
+        if precision not in have:
+            advice = "; fp16 needs a GPU" if precision == "fp16" and self.device.type == "cpu" else ""
+            raise ConfigError(
+                f"runtime {self.name} has no precision {precision} on {self.device}: "
+                f"use {', '.join(have)} or auto{advice}"
+            )
 
     @abstractmethod
-    def compile(self, network: nn.Module, example: Tensor, precision: str) -> Forward:
+    def compile(self, network: nn.Module, work: Workload, precision: Precision) -> Forward:
         """Make a network ready to run.
 
         Args:
             network: takes uint8 ``[N, h, w, 3]`` RGB and int64 sizes ``[N, 2]``, returns a tuple of dense tensors.
-            example: images of the kind it will see, uint8 ``[1, h, w, 3]``.
-            precision: ``fp32`` or ``fp16``.
+            work: what it will be given.
+            precision: of the arithmetic; one of `precisions`.
 
         Returns:
-            The network as a function. When it returns, the outputs are there (nothing is pending on the device).
+            The network as a function.
 
         Raises:
+            CannotCompile: the network is not for this runtime.
             ConfigError: this runtime cannot run in that precision on its device.
             DeviceOutOfMemory: from the returned function, when the batch does not fit.
         """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library's error says that memory ran short: on the CPU they have no class of their own for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "bad allocation")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -1,31 +1,36 @@
-"""Plain torch: channels-last, half precision on a GPU."""
+"""Runtime ``torch``: the network as it is written, channels-last."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vision_service.errors import ConfigError, DeviceOutOfMemory
-from vision_service.runtimes.base import Forward, Runtime
+from vision_service.errors import DeviceOutOfMemory
+from vision_service.runtimes.base import Forward, Precision, Runtime, Workload, is_out_of_memory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEager(Runtime):
     """Executes a network as it is written.
 
-    Outputs on a CPU are those of the network itself, bit for bit for one batch size; between batch sizes float32
-    convolutions differ by rounding (below 1e-5 of the largest value in the tests).
+    Outputs on a CPU in fp32 are those of the network itself, bit for bit for one batch size; between batch sizes
+    float32 convolutions differ by rounding (below 1e-5 of the largest value in the tests).
     """
 
     name = "torch"
+    precisions: ClassVar[Mapping[str, tuple[Precision, ...]]] = {
+        "cpu": ("fp32", "bf16"),
+        "cuda": ("fp32", "bf16", "fp16"),
+    }
 
-    def compile(self, network: nn.Module, example: Tensor, precision: str) -> Forward:
-        """See `Runtime.compile`. On a CPU only ``fp32``."""
-        if precision == "fp16" and self.device.type == "cpu":
-            raise ConfigError("precision fp16 needs a GPU; use fp32 (or auto) with device cpu")
-        module = network.eval().requires_grad_(False).to(self.device)
-        module = module.to(memory_format=torch.channels_last)
-        if precision == "fp16":
-            module = module.half()
+    def compile(self, network: nn.Module, work: Workload, precision: Precision) -> Forward:
+        """See `Runtime.compile`. Takes every network."""
+        self.check_precision(precision)
+        module = to_device(network, self.device, precision)
 
         @torch.inference_mode()
         def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
@@ -35,11 +40,25 @@ class TorchEager(Runtime):
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
                 return outputs
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             # Raised out here so that it holds no frame that holds the batch's tensors.
-            raise DeviceOutOfMemory(
-                f"{tuple(images.shape)} does not fit into the free memory of {self.device}; send a smaller image"
-            )
+            raise does_not_fit(images, self.device)
 
         return forward
+
+
+def to_device(network: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """A network ready for inference, on a device, channels-last, in a precision that torch has."""
+    module = network.eval().requires_grad_(False).to(device)
+    return module.to(memory_format=torch.channels_last).to(DTYPES[precision])
+
+
+def does_not_fit(images: Tensor, device: torch.device) -> DeviceOutOfMemory:
+    """The error for a batch that the device has no memory for."""
+    return DeviceOutOfMemory(
+        f"{tuple(images.shape)} does not fit into the free memory of {device}; send a smaller image"
+    )
