@@ -265,7 +265,7 @@ def test_nothing_keeps_a_payload_once_it_is_answered(make):
 
 
 def test_an_error_does_not_keep_the_payload_either(make, caplog):
-    caplog.set_level("CRITICAL", "vision_service.engine.batcher")  # pytest would keep the record, and all behind it
+    caplog.set_level("CRITICAL", "vision_service.engine.runner")  # pytest would keep the record, and all behind it
 
     def execute(payloads):
         raise ValueError("no")

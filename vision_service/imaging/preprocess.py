@@ -54,21 +54,23 @@ def preprocess(image: UInt8Array, spec: PreprocessSpec) -> tuple[UInt8Array, Ima
     return _place(resized, plan), plan.meta((height, width))
 
 
-def stack(inputs: Sequence[UInt8Array]) -> UInt8Array:
+def stack(inputs: Sequence[UInt8Array], batch: UInt8Array | None = None) -> UInt8Array:
     """Inputs as one batch; smaller ones are padded right and bottom with black.
 
     Args:
         inputs: N of uint8 ``[h, w, 3]``.
+        batch: where to put them, uint8 ``[N, H, W, 3]`` of the largest height and width; ``None``: into new memory.
 
     Returns:
-        uint8 ``[N, h, w, 3]`` of the largest height and the largest width.
+        The batch.
     """
-    if len({pixels.shape for pixels in inputs}) == 1:
-        return np.stack(inputs)
-    height, width = (max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1))
-    batch = np.zeros((len(inputs), height, width, 3), np.uint8)
+    if batch is None:
+        batch = np.empty((len(inputs), *(max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1)), 3), np.uint8)
     for row, pixels in zip(batch, inputs, strict=True):
-        row[: pixels.shape[0], : pixels.shape[1]] = pixels
+        height, width = pixels.shape[:2]
+        row[:height, :width] = pixels
+        row[height:] = 0
+        row[:height, width:] = 0
     return batch
 
 
