@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
@@ -47,7 +47,7 @@ class ThreadBudget:
 
     decode_workers: int
     runtime_threads: int
-    cores: int
+    cores: int = field(default=1, compare=False)
 
     @classmethod
     def plan(cls, cores: int, *, on_gpu: bool, decode_workers: int = 0, runtime_threads: int = 0) -> ThreadBudget:
