@@ -92,6 +92,8 @@ class PreprocessSpec(Spec):
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
         max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
+        exact_decode: decode large JPEGs whole. Otherwise those at least four times as large as the network needs are
+            decoded at a half, a quarter or an eighth, which takes about half the time.
     """
 
     resize: Resize
@@ -100,6 +102,7 @@ class PreprocessSpec(Spec):
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)
     max_pixels: Positive | None = None
+    exact_decode: bool = False
 
     @property
     def any_input_size(self) -> bool:

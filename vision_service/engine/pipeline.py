@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vision_service.config import PreprocessSpec
 from vision_service.engine.admission import Admission
 from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog
@@ -26,7 +27,7 @@ from vision_service.errors import (
     QueueFull,
     VisionError,
 )
-from vision_service.imaging.decode import DecodeLimits, decode_image, from_array, from_raw
+from vision_service.imaging.decode import DecodeLimits, decode_for, from_array, from_raw
 from vision_service.imaging.preprocess import preprocess
 from vision_service.imaging.source import ImageInput, RawPixels
 from vision_service.types import ParamOverrides, Result, Task, UInt8Array
@@ -223,9 +224,10 @@ class Pipeline:
         if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
             raise DeadlineExceeded("the deadline passed before the image was decoded")
         started_s = time.perf_counter()
-        image = self._decode(call.image)
+        spec = call.host.spec.preprocess
+        image, original_hw = self._decode(call.image, spec)
         decoded_s = time.perf_counter()
-        pixels, meta = preprocess(image, call.host.spec.preprocess)
+        pixels, meta = preprocess(image, spec, original_hw)
         done_s = time.perf_counter()
         call.decode_ms = 1000 * (decoded_s - started_s)
         call.preprocess_ms = 1000 * (done_s - decoded_s)
@@ -258,21 +260,27 @@ class Pipeline:
         else:
             call.succeed(done)
 
-    def _decode(self, image: ImageInput) -> UInt8Array:
+    def _decode(self, image: ImageInput, spec: PreprocessSpec) -> tuple[UInt8Array, tuple[int, int]]:
+        """Pixels, of a large JPEG no more than the model needs, and the size that they have unscaled."""
         if isinstance(image, bytes):
-            return decode_image(image, self._limits)
+            return decode_for(image, spec, self._limits)
         if isinstance(image, RawPixels):
-            return from_raw(image.data, image.height, image.width, image.channels, image.color_order, self._limits)
-        if isinstance(image, np.ndarray):
-            return from_array(image)
-        path = Path(image)
-        try:
-            size = path.stat().st_size
-            if size > self._limits.max_bytes:
-                raise InvalidImage(f"{path} has {size} bytes, the limit is {self._limits.max_bytes}")
-            return decode_image(path.read_bytes(), self._limits)
-        except OSError as error:
-            raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
+            pixels = from_raw(image.data, image.height, image.width, image.channels, image.color_order, self._limits)
+        elif isinstance(image, np.ndarray):
+            pixels = from_array(image)
+        else:
+            return decode_for(_read(Path(image), self._limits), spec, self._limits)
+        return pixels, (pixels.shape[0], pixels.shape[1])
+
+
+def _read(path: Path, limits: DecodeLimits) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > limits.max_bytes:
+            raise InvalidImage(f"{path} has {size} bytes, the limit is {limits.max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _as_ours(error: Exception, what: str) -> VisionError:
