@@ -12,10 +12,10 @@ PACKAGE = ROOT / "vision_service"
 
 FLOORS = [
     {"cli", "__main__"},
-    {"server", "client", "evaluation"},
+    {"server", "client", "evaluation", "jobs"},
     {"engine"},
     {"backends", "runtimes"},
-    {"imaging", "networks", "weights", "wire", "zoo"},
+    {"imaging", "networks", "weights", "wire", "zoo", "records"},
     {"config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
