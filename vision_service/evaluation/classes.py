@@ -205,8 +205,8 @@ def _from_wordnet(model_names: Sequence[str], dataset_names: Sequence[str]) -> l
 @lru_cache(maxsize=1)
 def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """WordNet ids of ImageNet's 1000 classes in order, and what they are, lower case."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    table = ImageNetInfo()
+    table: Any = ImageNetInfo()
     synsets = tuple(table.label_names())
     return synsets, tuple(table.index_to_description(index).lower() for index in range(len(synsets)))

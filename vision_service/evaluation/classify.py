@@ -152,7 +152,7 @@ class ClassifiedImages:
 
 
 def bins_of(confidence: NDArray[np.floating]) -> Int64Array:
-    """Which of `BINS` equal bins each score falls into; a score on an edge belongs to the upper one, as torchmetrics has it."""
+    """Which of `BINS` equal bins each score falls into; one on an edge belongs to the upper, as in torchmetrics."""
     edges = np.linspace(0, 1, BINS + 1, dtype=np.float32)
     return (np.searchsorted(edges, confidence.astype(np.float32), side="right") - 1).astype(np.int64)
 

@@ -61,10 +61,7 @@ def is_coco(path: Path) -> bool:
 
 def _find(root: Path, split: str) -> Path:
     files = coco_files(root)
-    if split:
-        chosen = [path for path in files if _split_of(path) == split]
-    else:
-        chosen = files
+    chosen = [path for path in files if not split or _split_of(path) == split]
     if len(chosen) == 1:
         return chosen[0]
     if chosen or files:
@@ -136,6 +133,6 @@ def _image_folder(file: Path, root: Path, split: str, names: list[str]) -> Path:
         if any((folder / name).is_file() for name in names):
             return folder
     raise ConfigError(
-        f"the images of {file} were not found: looked for {listing(names, 2)} in {listing(wanted)}; put the file beside "
-        "the images, or the images into a folder of one of these names"
+        f"the images of {file} were not found: looked for {listing(names, 2)} in {listing(wanted)}; put the file "
+        "beside the images, or the images into a folder of one of these names"
     )

@@ -38,8 +38,8 @@ LOOKED_FOR = {
     ),
     Task.SEGMENT: "images/ and masks/, images.tif and masks.tif, Pascal VOC (SegmentationClass/ and JPEGImages/)",
     Task.CLASSIFY: (
-        "a folder of images for each class, a CSV file with a column of images and one of classes, file names that start "
-        "with a WordNet id (n01494475_...)"
+        "a folder of images for each class, a CSV file with a column of images and one of classes, file names that "
+        "start with a WordNet id (n01494475_...)"
     ),
 }
 

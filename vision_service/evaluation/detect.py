@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,16 @@ from numpy.typing import NDArray
 from vision_service.errors import ConfigError
 from vision_service.evaluation.classes import ClassMapping
 from vision_service.evaluation.detection import (
-    OVERLAPS,
     SIZES,
     CocoResult,
     ImageBoxes,
     ImageMatches,
+    coco_guesses,
+    coco_truths,
     image_boxes,
     run_coco,
 )
+from vision_service.evaluation.report import write_text
 from vision_service.evaluation.samples import AnnotatedBoxes, Dataset, Sample
 from vision_service.evaluation.scores import Metrics, Record, Scores, Unmapped, mean, short
 from vision_service.types import Detections, ParamOverrides, Result
@@ -46,8 +50,8 @@ class DetectOptions:
 class DetectionScorer:
     """COCO's metrics, by pycocotools.
 
-    A record is ``image``, ``size_hw``, ``truth``: rows of class id, x1, y1, x2, y2, whether it is ignored, and the index
-    of the prediction that has it at overlap 0.5 (-1: none); ``found``: rows of class id (-1: not of the dataset),
+    A record is ``image``, ``size_hw``, ``truth``: rows of class id, x1, y1, x2, y2, whether it is ignored, and the
+    index of the prediction that has it at overlap 0.5 (-1: none); ``found``: rows of class id (-1: not of the dataset),
     score, x1, y1, x2, y2, and `ImageMatches.hits` and ``skipped``; and ``right``, ``wrong``, ``missed``: how many, at
     the score of ``metrics["best_f1_score"]``.
     """
@@ -92,7 +96,9 @@ class DetectionScorer:
         """Run pycocotools over all of it."""
         names = self._dataset.class_names
         if not any((~image.ignored).any() for image in self.images):
-            raise ConfigError(f"no image that was answered has an object, so there is nothing to measure: {self._dataset.root}")
+            raise ConfigError(
+                f"no image that was answered has an object, so there is nothing to measure: {self._dataset.root}"
+            )
         coco = run_coco(self.images, len(names), self._options.max_detections)
         threshold, best, curve = best_f1(self.images, coco.matches)
         records = [_record(image, match, threshold) for image, match in zip(self.images, coco.matches, strict=True)]
@@ -118,6 +124,16 @@ class DetectionScorer:
             if coco.precision[0, 0, k, 0] >= 0
         }
         return Scores(metrics, per_class, records, {"precision_at_recall": pr, "f1_at_score": curve})
+
+    def write_coco(self, folder: Path) -> None:
+        """What was scored, as ``annotations.json`` and ``predictions.json`` that pycocotools reads.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        truths = coco_truths(self.images, self._dataset.class_names)
+        write_text(folder / "annotations.json", json.dumps(truths))
+        write_text(folder / "predictions.json", json.dumps(coco_guesses(self.images)))
 
     def _metrics(self, coco: CocoResult) -> Metrics:
         precision, recall = _no_negatives(coco.precision), _no_negatives(coco.recall)
@@ -200,5 +216,3 @@ def _no_negatives(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _number(value: np.floating | float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-

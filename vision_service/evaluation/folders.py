@@ -62,7 +62,9 @@ def csv_classes(root: Path, split: str) -> Dataset:
     image_column, class_column = _column(file, columns, IMAGE_COLUMNS), _column(file, columns, CLASS_COLUMNS)
     if split:
         if SPLIT_COLUMN not in columns:
-            raise ConfigError(f"{file} has no column {SPLIT_COLUMN!r} to choose {split!r} from; it has {listing(columns)}")
+            raise ConfigError(
+                f"{file} has no column {SPLIT_COLUMN!r} to choose {split!r} from; it has {listing(columns)}"
+            )
         splits = {row[SPLIT_COLUMN] for row in rows}
         rows = [row for row in rows if row[SPLIT_COLUMN] == split]
         if not rows:
@@ -71,7 +73,7 @@ def csv_classes(root: Path, split: str) -> Dataset:
     base = next((b for b in bases if any((b / row[image_column]).is_file() for row in rows[:20])), None)
     if base is None:
         raise ConfigError(
-            f"the images of {file} were not found: looked for {listing((row[image_column] for row in rows[:2]))} in "
+            f"the images of {file} were not found: looked for {listing(row[image_column] for row in rows[:2])} in "
             f"{listing(bases)}"
         )
     for number, row in enumerate(rows, start=2):
@@ -89,7 +91,7 @@ def has_image_table(path: Path) -> bool:
 
 
 def file_names(root: Path, split: str) -> Dataset:
-    """A folder of images whose names start with the class, up to the first ``_``, such as ``n01494475_hammerhead.JPEG``.
+    """A folder of images whose names start with the class, up to the first ``_``: ``n01494475_hammerhead.JPEG``.
 
     Raises:
         ConfigError: no images, or a name without ``_``.
@@ -100,7 +102,9 @@ def file_names(root: Path, split: str) -> Dataset:
         raise ConfigError(f"there are no images in {base}; it has {inside(base)}")
     without = [image.name for image in images if "_" not in image.stem]
     if without:
-        raise ConfigError(f"the class must stand before the first '_' of a file's name; {listing(without, 5)} have none")
+        raise ConfigError(
+            f"the class must stand before the first '_' of a file's name; {listing(without, 5)} have none"
+        )
     samples = [Sample(image.relative_to(root).as_posix(), image, image.stem.split("_", 1)[0]) for image in images]
     return Dataset(root, "file-names", split, Task.CLASSIFY, _classes(samples), samples)
 

@@ -103,8 +103,9 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         raise ConfigError(f"there are no images in {images}; it has {inside(images)}")
     if without:
         raise ConfigError(
-            f"{len(without)} of {len(found) + len(without)} images have no mask: {listing(without, 5)}; looked in {masks} "
-            f"for files of the same name, with nothing or {listing(MASK_ENDINGS[1:])} behind it; it has {inside(masks)}"
+            f"{len(without)} of {len(found) + len(without)} images have no mask: {listing(without, 5)}; looked in "
+            f"{masks} for files of the same name, with nothing or {listing(MASK_ENDINGS[1:])} behind it; it has "
+            f"{inside(masks)}"
         )
     return found
 

@@ -43,7 +43,9 @@ class Predictor(Protocol):
         """About the model."""
         ...
 
-    def predict_many(self, images: Iterable[ImageInput], overrides: ParamOverrides) -> Iterator[Result[Any] | VisionError]:
+    def predict_many(
+        self, images: Iterable[ImageInput], overrides: ParamOverrides
+    ) -> Iterator[Result[Any] | VisionError]:
         """A result or the image's error for each, in order."""
         ...
 
@@ -53,11 +55,13 @@ class LocalPredictor:
 
     def __init__(self, pipeline: Pipeline, spec: ModelSpec) -> None:
         self._pipeline = pipeline
-        host = pipeline.catalog.get(spec.task, spec.name, spec.version)
-        where = {"device": str(host.device), "precision": str(host.precision)}
+        info = pipeline.catalog.get(spec.task, spec.name, spec.version).info(is_default=False)
+        where = {"device": info.device, "runtime": info.runtime, "precision": info.precision}
         self.facts = ModelFacts(spec.name, spec.version, spec.task, spec.classes, where)
 
-    def predict_many(self, images: Iterable[ImageInput], overrides: ParamOverrides) -> Iterator[Result[Any] | VisionError]:
+    def predict_many(
+        self, images: Iterable[ImageInput], overrides: ParamOverrides
+    ) -> Iterator[Result[Any] | VisionError]:
         """See `Predictor`."""
         facts = self.facts
         return self._pipeline.predict_many(
@@ -85,7 +89,9 @@ class RemotePredictor:
         where = {"address": client.address, "device": info.device, "runtime": info.runtime, "precision": info.precision}
         self.facts = ModelFacts(info.name, info.version, info.task, info.class_names, where)
 
-    def predict_many(self, images: Iterable[ImageInput], overrides: ParamOverrides) -> Iterator[Result[Any] | VisionError]:
+    def predict_many(
+        self, images: Iterable[ImageInput], overrides: ParamOverrides
+    ) -> Iterator[Result[Any] | VisionError]:
         """See `Predictor`."""
         method = getattr(self._client, self.facts.task)
         chosen = {name: value for name, value in asdict(overrides).items() if value is not None}

@@ -84,15 +84,22 @@ def run(
 def _outcomes(
     predictor: Predictor, samples: Iterable[Sample], scorer: Scorer
 ) -> Iterator[tuple[Sample, Result[Any] | VisionError]]:
-    waiting: deque[Sample] = deque()
+    waiting: deque[tuple[Sample, InvalidImage | None]] = deque()
 
     def images() -> Iterator[ImageInput]:
         for sample in samples:
-            waiting.append(sample)
-            yield read_image(sample.image)
+            image: ImageInput = b""  # what cannot be read still takes its turn
+            unread = None
+            try:
+                image = read_image(sample.image)
+            except InvalidImage as error:
+                unread = error
+            waiting.append((sample, unread))
+            yield image
 
     for outcome in predictor.predict_many(images(), scorer.overrides()):
-        yield waiting.popleft(), outcome
+        sample, unread = waiting.popleft()
+        yield sample, unread or outcome
 
 
 def _about_sizes(odd: list[str]) -> list[str]:

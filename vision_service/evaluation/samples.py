@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,17 +139,17 @@ def read_mask(mask: MaskFile, class_count: int) -> UInt8Array:
             raise InvalidImage(f"the mask {page.path} has colours; it must have class ids (grey or palette)")
         pixels = pixels[..., 0]
     if mask.is_binary:
-        return (pixels != 0).astype(np.uint8)
+        return np.asarray(pixels != 0, np.uint8)
     known = (pixels >= 0) & (pixels < class_count) | (pixels == VOID)
     if not bool(known.all()):
         raise InvalidImage(
             f"the mask {page.path} has the id {int(pixels[~known][0])}; there are classes 0 to {class_count - 1}, "
             f"and {VOID} for pixels that do not count"
         )
-    return pixels.astype(np.uint8)
+    return np.asarray(pixels, np.uint8)
 
 
-def read_page(page: Page) -> NDArray[np.generic]:
+def read_page(page: Page) -> NDArray[Any]:
     """Values as they are in the file, ``[H, W]`` or ``[H, W, C]``; palette indices, not colours.
 
     Raises:
@@ -163,12 +164,12 @@ def read_page(page: Page) -> NDArray[np.generic]:
         raise InvalidImage(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def to_eight_bits(pixels: NDArray[np.generic]) -> UInt8Array:
+def to_eight_bits(pixels: NDArray[Any]) -> UInt8Array:
     """Pixels of a page as uint8; wider ones lose their low bits."""
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
     if pixels.dtype == np.bool_:
-        return (pixels * np.uint8(255)).astype(np.uint8)
+        return np.where(pixels, np.uint8(255), np.uint8(0))
     if pixels.dtype == np.uint16:
         return (np.asarray(pixels, np.uint16) >> np.uint16(8)).astype(np.uint8)
     raise InvalidImage(f"pixels are {pixels.dtype}; 8 and 16 bits can be read")

@@ -18,7 +18,7 @@ from vision_service.evaluation.classes import BACKGROUNDS, ClassMapping
 from vision_service.evaluation.samples import Dataset, MaskFile, Sample, read_mask
 from vision_service.evaluation.scores import Metrics, Record, Scores, Unmapped, mean
 from vision_service.imaging.masks import encode_rle
-from vision_service.types import VOID, Int64Array, ParamOverrides, Result, SegmentationMap, UInt8Array
+from vision_service.types import VOID, ParamOverrides, Result, SegmentationMap, UInt8Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ class SegmentationScorer:
         totals = self._totals.compute()
         confusion = totals["confusion"].numpy()
         present = (confusion.sum(axis=0) + confusion.sum(axis=1))[: self._count] > 0
-        iou, dice = (np.where(present, totals[name].double().numpy()[: self._count], np.nan) for name in ("iou", "dice"))
+        iou, dice = (
+            np.where(present, totals[name].double().numpy()[: self._count], np.nan) for name in ("iou", "dice")
+        )
         metrics: Metrics = {
             "miou": mean(iou),
             "dice": mean(dice),

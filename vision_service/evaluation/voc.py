@@ -15,9 +15,9 @@ from vision_service.types import Task
 __all__ = ["VOC_CLASSES", "AnnotatedBoxes", "read_voc_annotation", "voc_boxes", "voc_masks"]
 
 VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-    "sheep sofa train tvmonitor"
-).split()
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 """In VOC's order; class ids in its masks count from 1."""
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations")
@@ -52,7 +52,8 @@ def voc_boxes(root: Path, split: str) -> Dataset:
     annotations = find_folder(root, ANNOTATION_FOLDERS, "the XML files of Pascal VOC")
     images = find_folder(root, IMAGE_FOLDERS, "the images of Pascal VOC")
     by_stem = {path.stem: path for path in images_in(images)}
-    samples, names = [], set()
+    samples = []
+    names: set[str] = set()
     for stem in _stems(root, "Main", split, annotations, "*.xml"):
         truth, declared_hw = _read(annotations / f"{stem}.xml")
         names.update(truth.class_names)

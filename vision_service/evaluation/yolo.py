@@ -129,7 +129,7 @@ def _read_labels(path: Path, names: dict[int, str]) -> AnnotatedBoxes:
 
 
 def _row(line: str, where: str) -> tuple[int, list[float]]:
-    """Class and box (x1, y1, x2, y2, shares of the image) of a line ``class cx cy w h`` or ``class x y x y x y ...``."""
+    """Class and box (x1, y1, x2, y2, shares of the image) of ``class cx cy w h`` or ``class x y x y x y ...``."""
     words = line.split()
     try:
         class_id, values = int(words[0]), [float(word) for word in words[1:]]
