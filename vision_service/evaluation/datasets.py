@@ -84,11 +84,9 @@ def detect_format(root: Path, task: Task) -> str:
     found = {Task.DETECT: _of_boxes, Task.SEGMENT: _of_masks, Task.CLASSIFY: _of_classes}[task](root)
     if found:
         return found
-    splits = folders.looks_split(root) if root.is_dir() else []
-    more = f"; its folders are splits, choose one by --split ({listing(splits)})" if splits else ""
     what = f"has {inside(root)}" if root.is_dir() else "is a file"
     raise ConfigError(
-        f"{root} is no dataset for a {task} model: looked for {LOOKED_FOR[task]}; it {what}{more}. --format says which "
+        f"{root} is no dataset for a {task} model: looked for {LOOKED_FOR[task]}; it {what}. --format says which "
         "it is and then tells more"
     )
 

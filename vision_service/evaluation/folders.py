@@ -29,6 +29,9 @@ def class_folders(root: Path, split: str) -> Dataset:
     base = root / split if split else root
     if not base.is_dir():
         raise ConfigError(f"there is no folder {base}; {root} has {inside(root)}")
+    splits = [] if split else looks_split(root)
+    if splits:
+        raise ConfigError(f"{root}: its folders are splits, choose one by --split ({listing(sorted(splits))})")
     by_class = {path.name: images_in(path, deep=True) for path in sorted(base.iterdir()) if path.is_dir()}
     by_class = {name: images for name, images in by_class.items() if images}
     if not by_class:
