@@ -84,7 +84,7 @@ serve() {
 # The image's own health check, where the server runs.
 health() {
   mapfile -d '' -t user < <(as_user)
-  nsenter --target "$init" --mount --pid --root env -i PATH=/opt/venv/bin:/usr/bin:/bin "VISION_SERVICE_PORT=$1" \
+  nsenter --target "$init" --mount --pid --root --wd=/ env -i PATH=/opt/venv/bin:/usr/bin:/bin "VISION_SERVICE_PORT=$1" \
     "${user[@]}" vision-service health
 }
 
@@ -125,7 +125,7 @@ root=$(buildah mount "$container")
 say "--- serve, as $(buildah inspect --type image --format '{{.OCIv1.Config.User}}' "$IMAGE"), without capabilities, with a read-only root and no cache"
 port=$(free_port)
 start_up "$root" "$port"
-say "in the container: $(nsenter --target "$init" --mount --root sh -c 'touch /var/cache/vision-service/x 2>&1 || true')"
+say "in the container: $(nsenter --target "$init" --mount --root --wd=/ touch /var/cache/vision-service/x 2>&1 || true)"
 say "processes: $(ps -o user:6,args --no-headers --ppid "$init")"
 say "health: $(health "$port")"
 started=$(date +%s.%N); health "$port" >/dev/null; say "a health check takes $(seconds_since "$started") s"

@@ -16,7 +16,7 @@ FLOORS = [
     {"engine"},
     {"backends", "runtimes"},
     {"imaging", "networks", "weights", "wire", "zoo"},
-    {"config", "model_info", "segments"},
+    {"cluster", "config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
 """From the roof down: a room imports from its own floor or from those below."""
