@@ -6,10 +6,12 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format protos fidelity train-segnet clean
+IMAGE_TARGET ?= cpu
+
+.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 install: $(INSTALLED) ## Create .venv and install the project with its development tools
 
@@ -43,8 +45,17 @@ protos: install ## Generate vision_service/api from protos/
 fidelity: install ## Compare with the reference implementations on ../shared/data and write docs/fidelity.md
 	$(BIN)/python scripts/fidelity.py
 
+fidelity-short: install ## The same for fewer networks, in some minutes; writes nothing
+	$(BIN)/python scripts/fidelity.py --short
+
+train-fidelity: install ## Train torchvision's networks on ../shared/data, an hour on one core, for `make fidelity`
+	$(BIN)/python scripts/train_fidelity.py
+
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
+
+image: install ## Build docker/Dockerfile with buildah on a debootstrap base and run it (needs root)
+	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
 	rm -rf $(VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vision_service import __version__
-from vision_service.cli import add, client, evaluate, models, predict, serve, weights
+from vision_service.cli import add, bench, client, evaluate, health, models, predict, serve, weights
 from vision_service.cli.failures import readable, show_tracebacks
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -16,6 +16,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict.predict,
     "client": client.client,
     "evaluate": evaluate.evaluate,
+    "health": health.health,
+    "bench": bench.bench,
 }
 """Commands by name, in the order of ``--help``."""
 
