@@ -12,11 +12,12 @@ PACKAGE = ROOT / "vision_service"
 
 FLOORS = [
     {"cli", "__main__"},
+    {"bench"},
     {"server", "client", "evaluation", "jobs"},
     {"engine"},
     {"backends", "runtimes"},
     {"imaging", "networks", "weights", "wire", "zoo", "records"},
-    {"config", "model_info", "segments"},
+    {"cluster", "config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
 """From the roof down: a room imports from its own floor or from those below."""

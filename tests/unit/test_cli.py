@@ -360,3 +360,12 @@ class TestOutput:
             "status": "RESOURCE_EXHAUSTED",
             "message": "full",
         }
+
+
+def test_choices_that_only_ray_can_honour_are_refused_without_it():
+    result = run("serve", "--max-replicas", 2)
+    assert result.exit_code == 2
+    assert "max_replicas: has an effect with --engine ray only" in result.stderr
+    wrong = run("serve", "--engine", "ray", "--min-replicas", 0)
+    assert wrong.exit_code == 2
+    assert "min_replicas" in wrong.stderr
