@@ -6,7 +6,9 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet clean
+IMAGE_TARGET ?= cpu
+
+.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -51,6 +53,9 @@ train-fidelity: install ## Train torchvision's networks on ../shared/data, an ho
 
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
+
+image: install ## Build docker/Dockerfile with buildah on a debootstrap base and run it (needs root)
+	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
 	rm -rf $(VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
