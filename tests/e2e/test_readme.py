@@ -72,6 +72,31 @@ def test_predict_command_writes_pictures_and_results(folder):
     assert len(list((folder / "results").rglob("*.png")) + list((folder / "results").rglob("*.jpg"))) == 3
 
 
+@pytest.mark.timeout(300)
+def test_the_page_about_evaluation_runs(port, folder):
+    for block in blocks("docs/evaluate.md", "bash"):
+        run(["bash", "-e", "-c", block.replace("localhost:50051", f"localhost:{port}")], folder)
+    made = {path.name for path in folder.iterdir()}
+    assert made >= {
+        "before.json",
+        "before.html",
+        "shots.html",
+        "shots-coco",
+        "after.json",
+        "changes.html",
+        "changes.json",
+    }
+
+
+def test_the_map_in_the_page_about_evaluation_is_one(tmp_path):
+    from vision_service.evaluation.classes import SPELLINGS, read_map
+
+    (tmp_path / "map.toml").write_text(blocks("docs/evaluate.md", "toml")[0])
+    assert read_map(tmp_path / "map.toml") == {"sports ball": "RBC", "donut": "RBC", "frisbee": "WBC"}
+    page = (ROOT / "docs/evaluate.md").read_text()
+    assert all(spelling in page for spelling in SPELLINGS)
+
+
 def test_the_settings_page_lists_every_setting():
     page = (ROOT / "docs" / "serving.md").read_text()
     table = page.split("## Settings")[1].split("```toml")[0]

@@ -206,7 +206,7 @@ _CLASS_FIGURE = {Task.DETECT: "ap", Task.SEGMENT: "iou", Task.CLASSIFY: "top1"}
 def _classes(first: Report, second: Report) -> list[dict[str, Any]]:
     name = _CLASS_FIGURE[Task(first.task)]
     rows = [
-        {"class_name": one["class_name"], "name": name, "first": one[name], "second": other[name]}
+        {"class_name": first.spoken(one["class_name"]), "name": name, "first": one[name], "second": other[name]}
         for one, other in zip(first.per_class, second.per_class, strict=True)
         if one[name] != other[name]
     ]
