@@ -183,7 +183,8 @@ def _bootstrap(
     sides = [resampled(Task(report.task), images, len(report.class_names)) for images in (first, second)]
     whole = [side.metrics(np.ones(count)) for side in sides]
     rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in whole[0]}
+    # With classes left out, one may have too few for a top-5.
+    draws: dict[str, list[float]] = {name: [] for name in whole[0] if name in whole[1]}
     for _ in range(resamples):
         weights = rng.multinomial(count, np.full(count, 1 / count)).astype(np.float64)
         drawn = [side.metrics(weights) for side in sides]
