@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vision_service.cli import options
-from vision_service.cli.files import find_images
 from vision_service.errors import InvalidInput, choices
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def bench(
     from vision_service.bench.table import compare as compared
     from vision_service.bench.table import lines_of
     from vision_service.config.settings import EMBEDDED_MODELS
+    from vision_service.jobs.sources import list_files
 
     if compare is not None:
         for line in compared(*map(Report.read, compare)):
@@ -67,7 +67,7 @@ def bench(
     plan = Plan(
         variants=variants,
         setup=Setup(config, tuple(manifest or ()), device),
-        images=[file.path.read_bytes() for file in find_images([images or _samples()])],
+        images=[Path(file.file).read_bytes() for file in list_files([str(images or _samples())])],
         measures=_measures(measure, rate=rate, address=address),
         batch_sizes=tuple(batch_size or ()),
         in_flight=in_flight,

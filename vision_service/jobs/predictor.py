@@ -113,6 +113,8 @@ class Predictor:
             data: content of its file; ``None``: it is read.
             keep_image: leave the decoded image in the outcome.
         """
+        if item.is_video:
+            return Outcome(item, failures=(Failure(InvalidImage(f"{item.file} cannot be read as a video")),))
         try:
             content = item.pixels if item.pixels is not None else read_item(item, self.limits) if data is None else data
         except OSError as error:
