@@ -22,7 +22,7 @@ CLASSIFY = "/vision.v1.VisionService/Classify"
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    few = "batching = {max_batch_size = 2, max_queued_jobs = 1}\noptions = {sleep_s = 0.02}"
+    few = "batching = {max_batch_size = 2, max_queued_jobs = 2}\noptions = {sleep_s = 0.02}"
     return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few)
 
 
@@ -108,7 +108,7 @@ def test_open_loops(bench, address):
     (model,) = report.models
     assert model.offered_per_s == 20
     assert model.open.images_per_s.median < 60  # whatever the server could do, no more was sent
-    assert model.overload.failed.keys() == {"RESOURCE_EXHAUSTED"}  # its queue takes one
+    assert model.overload.failed.keys() == {"RESOURCE_EXHAUSTED"}  # its queue takes two
     assert model.overload.failed_latency_ms["RESOURCE_EXHAUSTED"].p50 > 0
     assert model.queue_bound_ms > 0
     assert model.goodput_over_capacity.median > 0
