@@ -8,7 +8,9 @@ INSTALLED := $(VENV)/.installed
 BENCH_VENV ?= .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/.installed
 
-.PHONY: help install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
+IMAGE_TARGET ?= cpu
+
+.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -73,6 +75,9 @@ $(BENCH_INSTALLED): $(INSTALLED) benchmarks/peers/requirements.txt
 		> $$($(BENCH_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	$(BENCH_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r benchmarks/peers/requirements.txt
 	@touch $@
+
+image: install ## Build docker/Dockerfile with buildah on a debootstrap base and run it (needs root)
+	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
 	rm -rf $(VENV) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

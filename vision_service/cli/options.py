@@ -38,6 +38,12 @@ Runtime = Annotated[
 ]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
 
+Engine = Annotated[Literal["local", "ray"], typer.Option(help="Where the work is done: in this process, or on Ray.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="ray: HOST:PORT of a cluster, or auto for the one on this machine; else one is started here."),
+]
+
 TAKES: dict[str, tuple[str, ...]] = {
     "classify": ("top_k", "score_threshold", "classes"),
     "detect": ("score_threshold", "iou_threshold", "max_detections", "classes"),
@@ -85,3 +91,18 @@ def chosen(overrides: ParamOverrides) -> dict[str, Any]:
     """The values that are set."""
     values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_engine(engine: str, ray_options: dict[str, Any]) -> None:
+    """Refuse choices that only Ray can honour.
+
+    Args:
+        engine: which was chosen.
+        ray_options: by parameter name; those left out are ``None``.
+
+    Raises:
+        InvalidInput: names the first.
+    """
+    given = [name for name, value in ray_options.items() if value is not None]
+    if engine != "ray" and given:
+        raise InvalidInput(given[0], "has an effect with --engine ray only")
