@@ -25,7 +25,7 @@ from typing import Any, Self, TypeVar
 from vision_service.config import ModelSpec
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, replace_fields
-from vision_service.engine.host import pick_device
+from vision_service.engine.loaded import pick_device
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import usable_cores
 from vision_service.errors import ConfigError, InvalidImage, QueueFull, VisionError
