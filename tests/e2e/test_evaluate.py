@@ -51,9 +51,7 @@ def same_report(here, there):
     assert there.ran["address"]
 
 
-@pytest.mark.parametrize(
-    ("make", "split"), [(made.make_voc, "all"), (made.make_coco, "val2017"), (made.make_yolo, "val")]
-)
+@pytest.mark.parametrize(("make", "split"), [(made.make_voc, "all"), (made.make_yolo, "val")])
 def test_a_detector_both_ways(make, split, address, tmp_path):
     root = make(tmp_path / "data")
     here, there, printed = both_ways("nanodet_g", root, address, tmp_path, "--split", split)
@@ -66,6 +64,7 @@ def test_a_detector_both_ways(make, split, address, tmp_path):
 def test_a_detector_agrees_with_pycocotools_on_raw_annotations(address, tmp_path):
     root = made.make_coco(tmp_path / "data")
     here, there, _ = both_ways("nanodet_g", root, address, tmp_path)
+    same_report(here, there)
     truths = json.loads((root / "annotations/instances_val2017.json").read_text())
     with VisionClient(address) as client:
         found = [
@@ -92,20 +91,19 @@ VOC_OF_COCO = {
 }
 
 
-@pytest.mark.parametrize("concurrency", [1, 8])
-@pytest.mark.parametrize("what", ["voc30", "bccd"])
+@pytest.mark.parametrize(("what", "concurrency"), [("voc30", 1), ("bccd", 1), ("voc30", 8)])
 def test_shared_annotations_agree_with_pycocotools(shared, address, tmp_path, what, concurrency):
     """Served answers, scored here and by hand. COCO has no cells, so for BCCD round things are mapped to them."""
     root, renamed, more = shared / "data" / what, VOC_OF_COCO, []
     if what == "voc30":
-        files = sorted((root / "annotations").glob("*.xml"))[:12]
+        files = sorted((root / "annotations").glob("*.xml"))[:8]
     else:
-        stems = (root / "ImageSets/Main/test.txt").read_text().split()[:12]
+        stems = (root / "ImageSets/Main/test.txt").read_text().split()[:8]
         files = [root / "Annotations" / f"{stem}.xml" for stem in stems]
         (tmp_path / "cells.toml").write_text('"sports ball" = "RBC"\ndonut = "RBC"\nfrisbee = "WBC"\n')
         renamed = {"sports ball": "RBC", "donut": "RBC", "frisbee": "WBC"}
         more = ["--split", "test", "--map", tmp_path / "cells.toml"]
-    common = ["--limit", 12, "--report", tmp_path / "r.json", *more]
+    common = ["--limit", 8, "--report", tmp_path / "r.json", *more]
     done("nanodet_g", root, *common, "--address", address, "--concurrency", concurrency, "--save-coco", tmp_path)
     report = Report.read(tmp_path / "r.json")
     truths = voc_to_coco(files)
@@ -233,12 +231,13 @@ def test_wrong_use(tmp_path, arguments, clause):
 def test_options_reach_the_model(tmp_path):
     root = made.make_voc(tmp_path / "data")
     counts = []
-    for more in ([], ["--score-threshold", 0.5], ["--max-detections", 3], ["--iou-threshold", 0.95], ["--limit", 1]):
+    some = ["--score-threshold", 0.3]
+    for more in ([], some, ["--max-detections", 3], [*some, "--iou-threshold", 0.95], ["--limit", 1]):
         done("nanodet_g", root, "--report", tmp_path / "r.json", "--unmapped", "count", *more)
         counts.append([len(image["found"]) for image in Report.read(tmp_path / "r.json").images])
     plain, threshold, most, overlap, limit = counts
-    assert sum(threshold) < sum(most) < sum(plain) < sum(overlap)
-    assert max(most) == 3
+    assert sum(threshold) < sum(overlap) < sum(plain)
+    assert most == [3, 3, 3]
     assert limit == plain[:1]
 
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
+from vision_service.backends.base import Backend
 from vision_service.config import ModelSpec
 from vision_service.engine.batcher import Batcher
 from vision_service.engine.loaded import Answer, LoadedModel, Outcome, Prepared, pick_device
@@ -19,7 +20,7 @@ from vision_service.engine.threads import ForwardGate
 from vision_service.engine.tuning import Tuner
 from vision_service.errors import ConfigError, DeviceOutOfMemory, ModelUnavailable, QueueFull, VisionError
 from vision_service.model_info import ModelInfo, ModelState
-from vision_service.runtimes import Execution
+from vision_service.runtimes import Execution, Forward
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +72,16 @@ class ModelHost:
         Raises:
             ModelUnavailable: not loaded.
         """
-        if self._forward is None:
+        if self._model is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")
-        return self._forward
+        return self._model.compiled.forward
 
     @property
     def backend(self) -> Backend:
         """What reads the network's outputs, for those who measure it. Errors as in `forward`."""
-        if self._backend is None:
+        if self._model is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")
-        return self._backend
+        return self._model.backend
 
     def load(self) -> None:
         """Build, load weights, compile, warm up. Blocks; on failure everything is freed.
