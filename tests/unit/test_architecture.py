@@ -12,6 +12,7 @@ PACKAGE = ROOT / "vision_service"
 
 FLOORS = [
     {"cli", "__main__"},
+    {"bench"},
     {"server", "client", "evaluation"},
     {"engine"},
     {"backends", "runtimes"},

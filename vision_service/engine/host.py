@@ -114,6 +114,24 @@ class ModelHost:
         """Name and version, for messages."""
         return f"{self.spec.name}:{self.spec.version}"
 
+    @property
+    def forward(self) -> Forward:
+        """The network alone, for those who measure it; everyone else calls `submit`.
+
+        Raises:
+            ModelUnavailable: not loaded.
+        """
+        if self._forward is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        return self._forward
+
+    @property
+    def backend(self) -> Backend:
+        """What reads the network's outputs, for those who measure it. Errors as in `forward`."""
+        if self._backend is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        return self._backend
+
     def load(self) -> None:
         """Build, load weights, compile, warm up. Blocks; on failure everything is freed.
 
