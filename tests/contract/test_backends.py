@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from importlib.util import find_spec
 from typing import ClassVar
 
 import numpy as np
@@ -344,30 +343,25 @@ def normalise_layers(network) -> None:
         handle.remove()
 
 
-needs_ultralytics = pytest.mark.skipif(
-    find_spec("ultralytics") is None, reason="the package ultralytics (AGPL-3.0, extra `yolo`) is not installed"
-)
-
-
-@needs_ultralytics
+@pytest.mark.yolo
 class TestUltralyticsDetector(BackendContract):
     fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n"})
     stir = staticmethod(normalise_layers)
 
 
-@needs_ultralytics
+@pytest.mark.yolo
 class TestUltralyticsSegment(BackendContract):
     fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n-seg"})
     stir = staticmethod(normalise_layers)
 
 
-@needs_ultralytics
+@pytest.mark.yolo
 class TestUltralyticsEndToEnd(BackendContract):
     fields = fields("ultralytics_detector", "detect", options={"arch": "yolo26n", "end_to_end": True})
     stir = staticmethod(normalise_layers)
 
 
-@needs_ultralytics
+@pytest.mark.yolo
 class TestUltralyticsClassifier(BackendContract):
     fields = fields("ultralytics_classifier", "classify", options={"arch": "yolo11n-cls"})
     stir = staticmethod(normalise_layers)
