@@ -5,17 +5,14 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-<<<<<<< HEAD
 # ultralytics is AGPL-3.0. Its backends are tested and compared with the package in a folder of its own, which nothing
 # but these two commands reads and no installation of the project brings; YOLO=no leaves both out.
 YOLO ?= yes
 YOLO_DIR := .venv-yolo
 YOLO_INSTALLED := $(if $(filter no,$(YOLO)),,$(YOLO_DIR)/.installed)
 WITH_YOLO := $(if $(YOLO_INSTALLED),PYTHONPATH=$(CURDIR)/$(YOLO_DIR))
-=======
 BENCH_VENV ?= .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/.installed
->>>>>>> main
 
 IMAGE_TARGET ?= cpu
 
@@ -98,8 +95,4 @@ image: install ## Build docker/Dockerfile with buildah on a debootstrap base and
 	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
-<<<<<<< HEAD
-	rm -rf $(VENV) $(YOLO_DIR) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
-=======
-	rm -rf $(VENV) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
->>>>>>> main
+	rm -rf $(VENV) $(YOLO_DIR) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
