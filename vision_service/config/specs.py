@@ -147,12 +147,14 @@ class FileSpec(Spec):
         sha256: of its content, lower-case hex, or the first 8 or more digits where its publisher names no more;
             empty when the publisher names none.
         size_bytes: how long it is, where that is known.
+        about_bytes: how long it is roughly, where its publisher names a rounded figure; for people, never compared.
     """
 
     file: str
     url: str = ""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""
     size_bytes: Positive | None = None
+    about_bytes: Positive | None = None
 
 
 class WeightsSpec(FileSpec):
