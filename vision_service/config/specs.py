@@ -92,7 +92,7 @@ class PreprocessSpec(Spec):
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
         max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
-        exact_decode: decode large JPEGs whole. Otherwise those at least four times as large as the network needs are
+        exact_decode: decode large JPEGs whole. Otherwise those at least six times as large as the network needs are
             decoded at a half, a quarter or an eighth, which takes about half the time.
     """
 
@@ -147,12 +147,14 @@ class FileSpec(Spec):
         sha256: of its content, lower-case hex, or the first 8 or more digits where its publisher names no more;
             empty when the publisher names none.
         size_bytes: how long it is, where that is known.
+        about_bytes: how long it is roughly, where its publisher names a rounded figure; for people, never compared.
     """
 
     file: str
     url: str = ""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""
     size_bytes: Positive | None = None
+    about_bytes: Positive | None = None
 
 
 class WeightsSpec(FileSpec):
