@@ -1,0 +1,88 @@
+"""Real Ray nodes on this machine, each a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.helpers import PLUGINS, ROOT
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+class TwoNodes:
+    """A head and a worker with two cores each; the driver is on the head's."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie in it, whose paths are limited
+        self.environment = os.environ | {
+            "HOME": str(self.folder),
+            "PYTHONPATH": os.pathsep.join((str(PLUGINS), str(ROOT))),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        head = ["--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false"]
+        self._processes = [self._start("head", *head)]
+        self.wait_for_nodes(1)
+        self.worker = self._start("worker", f"--address={self.address}")
+        self._processes.append(self.worker)
+        self.wait_for_nodes(2)
+
+    def _start(self, name: str, *arguments: str) -> subprocess.Popen:
+        common = ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--block"]
+        with (self.folder / f"{name}.log").open("w") as log:
+            return subprocess.Popen(
+                [RAY, "start", *arguments, *common], stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+
+    def wait_for_nodes(self, count: int) -> None:
+        deadline_s = time.monotonic() + 60
+        while self.alive_nodes() != count:
+            logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
+            assert time.monotonic() < deadline_s, logs
+            time.sleep(0.2)
+
+    def alive_nodes(self) -> int:
+        """As the cluster itself counts them, without a connection of this process."""
+        code = "import sys, ray._raylet as r; c = r.GcsClient(address=sys.argv[1]); print(sum(n.state == 0 for n in c.get_all_node_info().values()))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, self.address], capture_output=True, text=True, check=False, env=self.environment
+        )
+        return int(done.stdout or 0) if done.returncode == 0 else 0
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """At once and with all that it started, as when a machine loses power."""
+        for pid in [*descendants(process.pid), process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+
+    def close(self) -> None:
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                self.kill(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of children and theirs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in map(int, children) for found in (child, *descendants(child))]
