@@ -13,10 +13,10 @@ PACKAGE = ROOT / "vision_service"
 FLOORS = [
     {"cli", "__main__"},
     {"bench"},
-    {"server", "client", "evaluation"},
+    {"server", "client", "evaluation", "jobs"},
     {"engine"},
     {"backends", "runtimes"},
-    {"imaging", "networks", "weights", "wire", "zoo"},
+    {"imaging", "networks", "weights", "wire", "zoo", "records"},
     {"cluster", "config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]

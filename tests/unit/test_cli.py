@@ -17,7 +17,7 @@ from vision_service.cli.client import _in_order
 from vision_service.cli.failures import exit_code, readable, show_tracebacks
 from vision_service.cli.files import ImageFile, PictureNames, find_images
 from vision_service.cli.options import read_overrides
-from vision_service.cli.output import error_to_json, to_json, to_line
+from vision_service.cli.output import to_line
 from vision_service.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -28,6 +28,7 @@ from vision_service.errors import (
     WeightsError,
 )
 from vision_service.imaging.masks import decode_rle
+from vision_service.records import error_to_record, to_record
 from vision_service.types import (
     VOID,
     Classification,
@@ -307,7 +308,7 @@ def result(prediction, **fields):
 
 class TestOutput:
     def test_common_keys(self):
-        row = to_json(result(Detections.empty(), request_id="id-7"))
+        row = to_record(result(Detections.empty(), request_id="id-7"))
         assert list(row) == [
             "task",
             "model",
@@ -321,27 +322,27 @@ class TestOutput:
         assert (row["task"], row["model"], row["version"], row["height"], row["width"]) == ("detect", "net", "2", 4, 6)
         assert row["timings_ms"]["batch_size"] == 3
         assert row["detections"] == []
-        assert "request_id" not in to_json(result(Detections.empty()))
+        assert "request_id" not in to_record(result(Detections.empty()))
 
     def test_detections(self):
         boxes = np.array([[0.125, 1, 2, 3]], np.float32)
         found = result(Detections(boxes, np.array([1]), ("cat",), np.array([0.1], np.float32)))
         row = {"class_id": 1, "class_name": "cat", "score": 0.1, "box": [0.12, 1.0, 2.0, 3.0]}
-        assert json.loads(json.dumps(to_json(found)))["detections"] == [row]
+        assert json.loads(json.dumps(to_record(found)))["detections"] == [row]
         assert to_line(found) == "cat 0.10"
         assert to_line(result(Detections.empty())) == "nothing found"
 
     def test_classes(self):
         found = result(Classification(np.array([1]), ("cat",), np.array([0.5], np.float32)))
-        assert to_json(found)["classes"] == [{"class_id": 1, "class_name": "cat", "score": 0.5}]
+        assert to_record(found)["classes"] == [{"class_id": 1, "class_name": "cat", "score": 0.5}]
         none = result(Classification(np.empty(0, np.int64), (), np.empty(0, np.float32)))
-        assert to_json(none)["classes"] == []
+        assert to_record(none)["classes"] == []
         assert to_line(none) == "no class"
 
     def test_segments(self):
         class_map = np.full((4, 6), VOID, np.uint8)
         class_map[1:3, 2:5] = 1
-        row = json.loads(json.dumps(to_json(result(SegmentationMap(class_map, ("a", "b"))))))
+        row = json.loads(json.dumps(to_record(result(SegmentationMap(class_map, ("a", "b"))))))
         (segment,) = row["segments"]
         mask = segment.pop("mask")
         assert segment == {"class_id": 1, "class_name": "b", "area": 6, "box": [2, 1, 5, 3]}
@@ -350,11 +351,11 @@ class TestOutput:
 
     def test_images(self):
         found = result(TranslatedImage(np.zeros((8, 12, 3), np.uint8)))
-        assert to_json(found)["image"] == {"height": 8, "width": 12}
+        assert to_record(found)["image"] == {"height": 8, "width": 12}
         assert to_line(found) == "image of 12x8 pixels"
 
     def test_errors(self):
-        assert error_to_json(QueueFull("full", 1.0)) == {
+        assert error_to_record(QueueFull("full", 1.0)) == {
             "error": "QueueFull",
             "status": "RESOURCE_EXHAUSTED",
             "message": "full",

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from vision_service.cli.failures import WORK_FAILED
 from vision_service.cli.files import ImageFile, PictureNames
-from vision_service.cli.output import error_to_json, to_json, to_line
+from vision_service.cli.output import to_line
 from vision_service.errors import VisionError
 from vision_service.imaging.decode import decode_image
 from vision_service.imaging.draw import annotate
 from vision_service.imaging.encode import encode_image
+from vision_service.records import error_to_record, to_record
 from vision_service.types import Prediction, Result, TranslatedImage
 
 
@@ -62,7 +63,7 @@ class ResultSink:
             model: which was asked; for failures.
         """
         if isinstance(outcome, VisionError):
-            failure = {"file": str(file.path), "model": model, **error_to_json(outcome)}
+            failure = {"file": str(file.path), "model": model, **error_to_record(outcome)}
             self._failures.append(failure)
             if self._as_json:
                 typer.echo(json.dumps(failure))
@@ -71,7 +72,7 @@ class ResultSink:
         self._progress.advance(self._bar)
 
     def _add_result(self, file: ImageFile, result: Result[Prediction]) -> None:
-        as_json = json.dumps({"file": str(file.path), **to_json(result)}) if self._as_json or self._output else ""
+        as_json = json.dumps({"file": str(file.path), **to_record(result)}) if self._as_json or self._output else ""
         if self._output is not None and self._results is not None:
             self._results.write(as_json + "\n")
             self._draw(self._output, file, result)
