@@ -5,10 +5,12 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH_VENV ?= .venv-bench
+BENCH_INSTALLED := $(BENCH_VENV)/.installed
 
 IMAGE_TARGET ?= cpu
 
-.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet clean
+.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -54,8 +56,28 @@ train-fidelity: install ## Train torchvision's networks on ../shared/data, an ho
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
 
+bench: install $(BENCH_INSTALLED) ## Measure everything and write docs/performance.md (25 minutes; keep the machine quiet)
+	$(BIN)/python benchmarks/run.py
+
+bench-short: install $(BENCH_INSTALLED) ## A look at one model and its peers (3 minutes); writes nothing
+	$(BIN)/python benchmarks/run.py --short
+
+bench-gpu: install ## ResNet-50 fp16 on a GPU: network alone, pipeline, served
+	$(BIN)/python benchmarks/gpu.py
+
+soak: install ## Send 20,000 mixed images and watch the server's memory
+	$(BIN)/python benchmarks/soak.py
+
+# The peers' servers, in a place of their own that also sees what is installed in .venv.
+$(BENCH_INSTALLED): $(INSTALLED) benchmarks/peers/requirements.txt
+	test -x $(BENCH_VENV)/bin/python || $(BIN)/python -m venv $(BENCH_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(BENCH_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(BENCH_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -r benchmarks/peers/requirements.txt
+	@touch $@
+
 image: install ## Build docker/Dockerfile with buildah on a debootstrap base and run it (needs root)
 	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
-	rm -rf $(VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

@@ -42,7 +42,8 @@ def lines(text):
 
 def test_results_in_the_order_of_the_files(address, photos, tmp_path):
     output = tmp_path / "out"
-    result = run("client", "classify", photos, "--address", address, "--json", "--output", output, "--concurrency", 2)
+    options = ("--output", output, "--save", "pictures", "--timings", "--json", "--in-flight", 2)
+    result = run("client", "classify", photos, "--address", address, *options)
     assert result.exit_code == 0, result.output
     rows = lines(result.stdout)
     assert [Path(row["file"]).name for row in rows] == [f"{red}.png" for red in range(1, 6)]

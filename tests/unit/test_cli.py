@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import cv2
@@ -13,9 +12,7 @@ from typer.testing import CliRunner
 
 from tests.helpers import ROOT, red_image, tiny_manifest
 from vision_service.cli import app
-from vision_service.cli.client import _in_order
 from vision_service.cli.failures import exit_code, readable, show_tracebacks
-from vision_service.cli.files import ImageFile, PictureNames, find_images
 from vision_service.cli.options import read_overrides
 from vision_service.cli.output import to_line
 from vision_service.errors import (
@@ -100,7 +97,10 @@ class TestHelp:
 class TestPredict:
     def test_a_bad_file_does_not_stop_the_others(self, manifest, photos, tmp_path):
         output = tmp_path / "out"
-        result = run("predict", photos, "--model", "tiny", "--manifest", manifest, "--output", output, "--json")
+        result = run(
+            *("predict", photos, "--model", "tiny", "--manifest", manifest),
+            *("--output", output, "--save", "pictures", "--json"),
+        )
         assert result.exit_code == 1
         assert "1 failed:" in result.stderr
         assert str(photos / "c.jpg") in result.stderr
@@ -136,7 +136,8 @@ class TestPredict:
         photo = save(tmp_path / "a.png", 7)
         output = tmp_path / "out"
         models = ("--model", "tiny", "--model", "other@2")
-        result = run("predict", photo, *models, "--manifest", manifest, "--output", output, "--json")
+        arguments = (*models, "--manifest", manifest, "--output", output, "--save", "jsonl,pictures", "--json")
+        result = run("predict", photo, *arguments)
         assert [(row["model"], row["version"]) for row in lines(result.stdout)] == [("tiny", "1"), ("other", "2")]
         assert {path.name for path in output.glob("*.jpg")} == {"a.tiny.jpg", "a.other.jpg"}
 
@@ -157,6 +158,15 @@ class TestPredict:
             (["--model", "tiny", "--class", "blue"], "classes: the model has no class 'blue'"),
             (["--model", "tiny", "--class", "256"], "classes: the model has class ids 0 to 255, got 256"),
             (["--model", "tiny", "--device", "tpu"], "device"),
+            (["--model", "tiny", "--every", "2"], "--every and --every-s have no effect: no source is a video"),
+            (["--model", "tiny", "--save", "csv"], "--save has no effect without --output"),
+            (["--model", "tiny", "--restart"], "--restart has no effect without --output"),
+            (["--model", "tiny", "--retry-failures"], "--retry-failures has no effect without --output"),
+            (["--model", "tiny", "--output", "o", "--save", "cvs"], "there is no such output; did you mean 'csv'?"),
+            (["--model", "tiny", "--output", "o", "--save", "yolo"], "yolo has no effect on classify, only on detect"),
+            (["--model", "tiny", "--output", "o", "--save", "video"], "no effect: no source is a video"),
+            (["--model", "tiny", "--output", "o", "--coco-ids", "x"], "--coco-ids has no effect without --save coco"),
+            (["--model", "tiny", "--max-failures", "x"], "--max-failures is a number of images or a percentage"),
         ],
     )
     def test_wrong_use_is_one_line_and_exit_code_2(self, manifest, photos, arguments, says):
@@ -174,7 +184,8 @@ class TestPredict:
         assert "no images in" in result.stderr
 
     def test_a_path_that_does_not_exist(self, tmp_path):
-        assert run("predict", tmp_path / "missing.jpg", "--task", "classify").exit_code == 2
+        result = run("predict", tmp_path / "missing.jpg", "--task", "classify")
+        assert (result.exit_code, result.stderr) == (2, f"error: {tmp_path / 'missing.jpg'} does not exist\n")
 
     def test_debug_lets_the_error_through(self, photos):
         try:
@@ -274,34 +285,6 @@ class TestOverrides:
             read_overrides([Task.DETECT, Task.SEGMENT], **chosen)
 
 
-class TestFiles:
-    def test_order_and_kinds(self, photos):
-        found = find_images([photos])
-        assert [str(file.name) for file in found] == ["a.png", "c.jpg", "deep/b.png"]
-        assert find_images([photos / "notes.txt"])[0].name == Path("notes.txt")  # named: taken at its word
-        assert len(find_images([photos, photos / "a.png"])) == 3
-
-    def test_names_never_clash_nor_leave_the_folder(self):
-        names = PictureNames()
-        files = [ImageFile(Path("x/a.png"), Path("a.png")), ImageFile(Path("y/a.jpg"), Path("a.jpg"))]
-        assert [str(names.name(file, "net", ".jpg")) for file in files] == ["a.net.jpg", "a.net-2.jpg"]
-        assert str(names.name(files[0], "../../net", ".jpg")) == "a.______net.jpg"
-
-
-class TestConcurrency:
-    @pytest.mark.parametrize("count", [0, 9])
-    def test_calls_run_side_by_side_and_come_back_in_order(self, count):
-        together = threading.Barrier(3, timeout=10)
-        files = [ImageFile(Path(str(i)), Path(str(i))) for i in range(count)]
-
-        def call(file):
-            together.wait()
-            return int(file.path.name)
-
-        outcomes = list(_in_order(call, files, 3))
-        assert outcomes == list(zip(files, range(count), strict=True))
-
-
 def result(prediction, **fields):
     return Result(prediction, (4, 6), "net", "2", Timings(batch_size=3), **fields)
 
@@ -319,6 +302,8 @@ class TestOutput:
             "timings_ms",
             "request_id",
         ]
+        bare = to_record(result(Detections.empty(), request_id="id-7"), timings=False)
+        assert bare.keys() == row.keys() - {"timings_ms", "request_id"}
         assert (row["task"], row["model"], row["version"], row["height"], row["width"]) == ("detect", "net", "2", 4, 6)
         assert row["timings_ms"]["batch_size"] == 3
         assert row["detections"] == []

@@ -37,7 +37,7 @@ class Reply:
     """How a call ended.
 
     Attributes:
-        stream: what `Connection.start` returned.
+        stream: what `GrpcConnection.start` returned.
         status: gRPC's number, 0 is OK.
         body: the response message, serialised; empty unless OK.
     """
@@ -56,7 +56,7 @@ class _Stream:
     body: bytearray
 
 
-class Connection:
+class GrpcConnection:
     """One connection to one method. Not thread-safe.
 
     Args:
@@ -93,18 +93,22 @@ class Connection:
         self._out += [_frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(LARGEST_WINDOW - DEFAULT_WINDOW)]
         self.flush()
 
-    def start(self, message: bytes) -> int:
+    def prepare(self, message: bytes) -> bytes:
+        """A serialised message as gRPC sends it: not compressed, its length, itself."""
+        return b"\0" + _UINT32.pack(len(message)) + message
+
+    def start(self, prepared: bytes) -> int:
         """Begin a call; `flush` sends it.
 
         Args:
-            message: from `framed`.
+            prepared: from `prepare`.
 
         Returns:
             The number that its `Reply` will have.
         """
         number = self._next_stream
         self._next_stream += 2
-        self._streams[number] = _Stream(memoryview(message), self._first_window, bytearray())
+        self._streams[number] = _Stream(memoryview(prepared), self._first_window, bytearray())
         self._out += [_frame(HEADERS, END_HEADERS, number, len(self._headers)), self._headers]
         self._feed(number)
         return number
@@ -237,11 +241,6 @@ class Connection:
                 self._streams[number].window += more
             return True
         return False
-
-
-def framed(message: bytes) -> bytes:
-    """A serialised message as gRPC sends it: not compressed, its length, itself."""
-    return b"\0" + _UINT32.pack(len(message)) + message
 
 
 def _frame(kind: int, flags: int, stream: int, length: int) -> bytes:

@@ -7,12 +7,13 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from vision_service.bench.cpu import cpu_s
-from vision_service.bench.http2 import OK, Connection, framed
+from vision_service.bench.http2 import OK, GrpcConnection, Reply
 
 KEPT_REPLIES = 2000
 KEPT_BYTES = 32 * 1024 * 1024
@@ -33,6 +34,25 @@ STATUS_NAMES = {
 }
 
 
+class Wire(Protocol):
+    """A connection that has many calls under way. `GrpcConnection` says what each method does."""
+
+    def prepare(self, message: bytes) -> bytes:
+        """A message as it will be sent, over and over."""
+
+    def start(self, prepared: bytes) -> int:
+        """Begin a call; returns its number."""
+
+    def flush(self) -> None:
+        """Send what was begun."""
+
+    def replies(self, timeout_s: float) -> list[Reply]:
+        """Calls that ended."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What to send, how and for how long.
@@ -46,6 +66,7 @@ class Load:
         warmup_s: left out of the figures, seconds.
         seconds: what is measured.
         server_pid: whose CPU time is read at the start and end of what is measured; 0: nobody's.
+        wire: connects to an address and a method.
     """
 
     address: str
@@ -56,6 +77,7 @@ class Load:
     warmup_s: float = 1.0
     seconds: float = 5.0
     server_pid: int = 0
+    wire: Callable[[str, str], Wire] = GrpcConnection
 
 
 @dataclass(slots=True)
@@ -102,7 +124,7 @@ def run_load(load: Load, generators: int = 1) -> LoadResult:
 
 def generate(load: Load) -> LoadResult:
     """Generate load in this process. Errors as in `run_load`."""
-    connection = Connection(load.address, load.method)
+    connection = load.wire(load.address, load.method)
     try:
         return (_Open if load.rate else _Closed)(load, connection).run()
     finally:
@@ -134,10 +156,10 @@ def _share(load: Load, index: int, of: int) -> Load:
 class _Loop(ABC):
     """What both loops share: calls begun and ended, and the window in which they count."""
 
-    def __init__(self, load: Load, connection: Connection) -> None:
+    def __init__(self, load: Load, connection: Wire) -> None:
         self._load = load
         self._connection = connection
-        self._messages = [framed(message) for message in load.messages]
+        self._messages = [connection.prepare(message) for message in load.messages]
         self._begun = 0
         self._flying: dict[int, float] = {}
         self._result = LoadResult(load.seconds)
@@ -211,7 +233,7 @@ class _Open(_Loop):
 
     _counts_stragglers = True
 
-    def __init__(self, load: Load, connection: Connection) -> None:
+    def __init__(self, load: Load, connection: Wire) -> None:
         super().__init__(load, connection)
         self._random = random.Random(os.getpid())  # noqa: S311 - no secret
         self._due_s = time.perf_counter()

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from vision_service.config.settings import ServerSettings
 
-Measure = Literal["network", "pipeline", "served", "single", "open"]
-MEASURES: tuple[Measure, ...] = ("network", "pipeline", "served", "single", "open")
+Measure = Literal["network", "pipeline", "served", "single", "open", "overload"]
+MEASURES: tuple[Measure, ...] = ("network", "pipeline", "served", "single", "open", "overload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,11 @@ class Plan:
         variants: what is measured.
         setup: how it is found and run.
         images: encoded files.
-        measures: which of `MEASURES`; ``open`` needs a rate.
+        measures: which of `MEASURES`; ``open`` needs a rate, ``overload`` a factor and ``served``.
         batch_sizes: of the network alone; empty: powers of two up to the model's largest, and that.
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
+        overload: of another open loop, as a multiple of what the closed loop of the same round reached.
         seconds: of each measurement.
         warmup_s: before each measurement, seconds.
         rounds: how often everything is measured; figures are medians.
@@ -86,6 +87,7 @@ class Plan:
     batch_sizes: tuple[int, ...] = ()
     in_flight: int = 32
     rate: float = 0.0
+    overload: float = 0.0
     seconds: float = 5.0
     warmup_s: float = 1.0
     rounds: int = 3

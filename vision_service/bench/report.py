@@ -61,6 +61,9 @@ class ModelReport:
         single_served_ms: latency of a call, one at a time.
         offered_per_s: rate of the open loop.
         open: at that rate.
+        overload: in an open loop at a multiple of the closed loop's speed.
+        overload_offered: that multiple.
+        queue_bound_ms: how long as many calls as may be under way take at the closed loop's speed.
         network_best_per_s: the network alone at its best batch size.
         allowed_per_s: what the sum of the stages' CPU time allows on all cores.
         pipeline_over_network: ratio of the pipeline's speed to the network's, both as of the same round.
@@ -68,6 +71,8 @@ class ModelReport:
         served_over_pipeline: likewise, of the server's to the pipeline's.
         served_over_pipeline_without_generator: the same if the generator's CPU time were the server's: what a client on
             another machine would see, as long as the processor is what limits.
+        goodput_over_capacity: ratio of what is answered under overload to the closed loop's speed.
+        goodput_over_capacity_without_generator: likewise, if the generator's CPU time were the server's in both.
     """
 
     model: str
@@ -82,12 +87,17 @@ class ModelReport:
     single_served_ms: Percentiles | None = None
     offered_per_s: float | None = None
     open: Flow | None = None
+    overload: Flow | None = None
+    overload_offered: float | None = None
+    queue_bound_ms: float | None = None
     network_best_per_s: Spread | None = None
     allowed_per_s: float | None = None
     pipeline_over_network: Spread | None = None
     pipeline_over_allowed: Spread | None = None
     served_over_pipeline: Spread | None = None
     served_over_pipeline_without_generator: Spread | None = None
+    goodput_over_capacity: Spread | None = None
+    goodput_over_capacity_without_generator: Spread | None = None
 
     @property
     def label(self) -> str:

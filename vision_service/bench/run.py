@@ -18,6 +18,7 @@ from vision_service.bench.plan import Plan, Variant
 from vision_service.bench.report import Flow, ModelReport, Report
 from vision_service.bench.served import Target
 from vision_service.bench.stats import Percentiles, Spread, histogram
+from vision_service.engine.build import resolve_specs
 from vision_service.engine.threads import usable_cores
 from vision_service.errors import InvalidInput
 
@@ -38,6 +39,7 @@ class Rounds:
         single_pipeline: one at a time.
         single_served: one at a time.
         open: at the plan's rate.
+        overload: at a multiple of the closed loop's speed.
         served_peak_mb: most memory of the server, MiB.
     """
 
@@ -48,6 +50,7 @@ class Rounds:
     single_pipeline: list[PipelineResult] = field(default_factory=list)
     single_served: list[LoadResult] = field(default_factory=list)
     open: list[LoadResult] = field(default_factory=list)
+    overload: list[LoadResult] = field(default_factory=list)
     served_peak_mb: float = 0.0
 
 
@@ -60,17 +63,23 @@ def measure(plan: Plan, say: Say) -> Report:
 
     Raises:
         InvalidInput: the plan contradicts itself.
+        ConfigError, ModelNotFound: a model or a setting is unknown.
         VisionError: a model or the server could not be started.
     """
     if "open" in plan.measures and not plan.rate:
         raise InvalidInput("rate", "an open loop needs one, such as --rate 100")
+    if "overload" in plan.measures and not (plan.overload and "served" in plan.measures):
+        raise InvalidInput("overload", "needs a factor, such as --overload 3, and the measure served to multiply")
+    if not plan.address:
+        for variant in plan.variants:  # a slip in the last one is not found out when all others are done
+            resolve_specs(plan.setup.settings(variant))
     models = [_measure_one(plan, variant, say) for variant in plan.variants]
     return Report(_machine(), _about(plan), models)
 
 
 def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
     in_process = not plan.address and bool({"network", "pipeline", "single"} & set(plan.measures))
-    over_network = bool({"served", "single", "open"} & set(plan.measures))
+    over_network = bool({"served", "single", "open", "overload"} & set(plan.measures))
     with ExitStack() as stack:
         worker = target = None
         if in_process:
@@ -114,6 +123,8 @@ def _served_round(plan: Plan, target: Target, rounds: Rounds) -> None:
         rounds.single_served.append(target.load(plan, in_flight=1, seconds=plan.seconds / 2))
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
+    if "overload" in plan.measures:
+        rounds.overload.append(target.load(plan, rate=plan.overload * _speed(rounds.served[-1])))
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:
@@ -134,7 +145,7 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
     cores = usable_cores()
     best = [max(1000 / alone.wall_ms for alone in one.values()) for one in rounds.network]
     pipeline = [len(one.latencies_s) / one.seconds for one in rounds.pipeline]
-    through = [one.in_time / one.seconds for one in rounds.served]
+    through = [_speed(one) for one in rounds.served]
     returned = [speed * _without(one, cores) for speed, one in zip(through, rounds.served, strict=True)]
     allowed = [1000 * cores / sum(stage.cpu_ms for stage in stages.values()) for stages in rounds.stages]
     in_process = _in_process_flow(rounds.pipeline) if rounds.pipeline else None
@@ -147,6 +158,9 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         pipeline=in_process,
         served=over_network,
         open=_served_flow(rounds.open, target, rounds.served_peak_mb, cores) if rounds.open else None,
+        overload=_served_flow(rounds.overload, target, rounds.served_peak_mb, cores) if rounds.overload else None,
+        overload_offered=plan.overload if rounds.overload else None,
+        queue_bound_ms=_queue_bound_ms(target, through),
         network_images_per_s={
             size: Spread.of([1000 / one[size].wall_ms for one in rounds.network])
             for size in (rounds.network[0] if rounds.network else ())
@@ -163,7 +177,24 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         pipeline_over_allowed=_ratio(pipeline, allowed),
         served_over_pipeline=_ratio(through, pipeline),
         served_over_pipeline_without_generator=_ratio(returned, pipeline),
+        goodput_over_capacity=_ratio([_speed(one) for one in rounds.overload], through),
+        goodput_over_capacity_without_generator=_ratio(
+            [_speed(one) * _without(one, cores) for one in rounds.overload], returned
+        ),
     )
+
+
+def _speed(result: LoadResult) -> float:
+    """Images a second."""
+    return result.in_time / result.seconds
+
+
+def _queue_bound_ms(target: Target | None, through: Sequence[float]) -> float | None:
+    """How long a call waits that was let in last: as many calls as may be under way, at the speed that was reached."""
+    if target is None or not through:
+        return None
+    most = target.info.max_queued_jobs + 4 * target.info.max_batch_size  # see `ModelHost.admit`
+    return 1000 * most / Spread.of(through).median
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> Spread | None:
@@ -209,7 +240,7 @@ def _served_flow(results: Sequence[LoadResult], target: Target | None, peak_mb: 
             latencies_s.setdefault(status, []).extend(values)
     failed = {status: values for status, values in latencies_s.items() if status != "OK"}
     return Flow(
-        Spread.of([one.in_time / one.seconds for one in results]),
+        Spread.of([_speed(one) for one in results]),
         Percentiles.of(latencies_s.get("OK", ())),
         histogram(size for one in results for size in target.batch_sizes(one)),
         cpu_ms=Spread.of([1000 * one.server_cpu_s / max(1, one.in_time) for one in results]).median,
@@ -244,6 +275,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "measures": list(plan.measures),
         "in_flight": plan.in_flight,
         "rate": plan.rate,
+        "overload": plan.overload,
         "seconds": plan.seconds,
         "warmup_s": plan.warmup_s,
         "rounds": plan.rounds,

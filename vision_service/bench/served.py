@@ -89,13 +89,18 @@ def running(address: str, model: str) -> Iterator[Target]:
 
 
 @contextmanager
-def server(setup: Setup, variant: Variant) -> Iterator[Target]:
-    """A server with one model on a free port; it is told to stop on the way out.
+def server(setup: Setup, variant: Variant, beside: Sequence[str] = ()) -> Iterator[Target]:
+    """A server on a free port; it is told to stop on the way out.
+
+    Args:
+        setup: how models are found and run.
+        variant: the model that the target is about.
+        beside: further models to serve, in the same runtime and precision.
 
     Raises:
         ConfigError: it did not start; says what it said.
     """
-    command = [sys.executable, "-m", "vision_service", "serve", *_arguments(setup, variant)]
+    command = [sys.executable, "-m", "vision_service", "serve", *_arguments(setup, variant, beside)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603 - ourselves
         try:
@@ -112,13 +117,16 @@ def server(setup: Setup, variant: Variant) -> Iterator[Target]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
-def _arguments(setup: Setup, variant: Variant) -> Sequence[str]:
+def _arguments(setup: Setup, variant: Variant, beside: Sequence[str]) -> Sequence[str]:
     flags = {"host": "127.0.0.1", "port": "0", "model": variant.model, **setup.flags(variant)}
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     if setup.config is not None:
         arguments += ["--config", str(setup.config)]
+    arguments += [part for name in beside for part in ("--model", name)]
     return [*arguments, *(part for path in setup.manifests for part in ("--manifest", str(path)))]
 
 

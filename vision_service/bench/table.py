@@ -21,7 +21,7 @@ def lines_of(report: Report) -> Iterator[str]:
 
 def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
     yield f"{model.label} ({model.task})"
-    rows: list[Sequence[str]] = [("", "images/s", "p50", "p95", "p99 ms", "CPU ms/image", "peak MiB", "batches")]
+    rows: list[Sequence[str]] = [("", "images/s", "p50", "p95", "p99 ms", "CPU ms/image", "peak MiB")]
     rows += [(f"network alone, batch {size}", _speed(speed)) for size, speed in model.network_images_per_s.items()]
     if model.allowed_per_s is not None:
         rows.append(("all stages' CPU allow", f"{model.allowed_per_s:.1f}"))
@@ -29,6 +29,7 @@ def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
         (f"pipeline, {in_flight} in flight", model.pipeline),
         (f"served, {in_flight} in flight", model.served),
         (f"served, open loop at {model.offered_per_s or 0:.0f}/s", model.open),
+        (f"served, {model.overload_offered or 0:g} x as many", model.overload),
     )
     rows += [_flow_row(name, flow) for name, flow in flows if flow is not None]
     singles = (("pipeline, one at a time", model.single_pipeline_ms), ("served, one at a time", model.single_served_ms))
@@ -36,9 +37,11 @@ def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
     yield from aligned(rows)
     if model.stages_cpu_ms:
         yield "  CPU ms/image: " + ", ".join(f"{name} {cost:.2f}" for name, cost in model.stages_cpu_ms.items())
-    for flow in (model.served, model.open):
+    for name, flow in flows:
         if flow is not None:
-            yield from _notes(flow)
+            yield from _notes(name, flow)
+    if model.overload is not None and model.queue_bound_ms is not None:
+        yield f"  the queue's bound is {model.queue_bound_ms:.0f} ms"
     for name in RATIOS:
         ratio: Spread | None = getattr(model, name)
         if ratio is not None:
@@ -50,28 +53,32 @@ RATIOS = (
     "pipeline_over_allowed",
     "served_over_pipeline",
     "served_over_pipeline_without_generator",
+    "goodput_over_capacity",
+    "goodput_over_capacity_without_generator",
 )
 """Fields of `ModelReport`, in the order in which they are shown."""
 
 
 def _flow_row(name: str, flow: Flow) -> Sequence[str]:
-    batches = " ".join(f"{size}:{count}" for size, count in flow.batches.items())
     return (
         name,
         _speed(flow.images_per_s),
         *_latency(flow.latency_ms),
         f"{flow.cpu_ms:.2f}" if flow.cpu_ms else "-",
         f"{flow.peak_mb:.0f}" if flow.peak_mb else "-",
-        batches,
     )
 
 
-def _notes(flow: Flow) -> Iterator[str]:
-    share = 100 * flow.generator_share
-    yield f"  load generator: {flow.generator_cpu_ms:.2f} CPU ms/image, {share:.1f} % of all cores' time"
+def _notes(name: str, flow: Flow) -> Iterator[str]:
+    """What does not fit into a row."""
+    batches = ", ".join(f"{count} in {size}" for size, count in flow.batches.items())
+    yield f"  {name}: batches: {batches}"
+    if flow.generator_cpu_ms:
+        share = 100 * flow.generator_share
+        yield f"  {name}: load generator: {flow.generator_cpu_ms:.2f} CPU ms/image, {share:.1f} % of all cores' time"
     for status, count in flow.failed.items():
         late = flow.failed_latency_ms.get(status)
-        yield f"  {count} calls ended {status}" + (f", p99 after {late.p99:.1f} ms" if late else "")
+        yield f"  {name}: {count} calls ended {status}" + (f", p99 after {late.p99:.1f} ms" if late else "")
 
 
 def _speed(speed: Spread) -> str:

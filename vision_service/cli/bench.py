@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vision_service.cli import options
-from vision_service.cli.files import find_images
 from vision_service.errors import InvalidInput, choices
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def bench(
     images: Annotated[Path | None, typer.Option(help="Folder of images to send [samples].", exists=True)] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="network, pipeline, served, single or open; repeatable [all but open, which needs --rate]."),
+        typer.Option(help="network, pipeline, served or single; repeatable [all of them]."),
     ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(help="Of the network alone; repeatable [1, 2, 4, ... up to the model's].", min=1)
@@ -37,6 +36,9 @@ def bench(
     in_flight: Annotated[int, typer.Option(help="Calls under way in the closed loops.", min=1)] = 32,
     rate: Annotated[
         float, typer.Option(help="Calls a second in an open loop, as well as the rest; 0: no open loop.", min=0)
+    ] = 0.0,
+    overload: Annotated[
+        float, typer.Option(help="Another open loop, at so many times the speed of the closed one; 0: none.", min=0)
     ] = 0.0,
     seconds: Annotated[float, typer.Option(help="Length of each measurement.", min=0.1)] = 5.0,
     warmup: Annotated[float, typer.Option(help="Seconds before each measurement.", min=0)] = 1.0,
@@ -58,6 +60,7 @@ def bench(
     from vision_service.bench.table import compare as compared
     from vision_service.bench.table import lines_of
     from vision_service.config.settings import EMBEDDED_MODELS
+    from vision_service.jobs.sources import list_files
 
     if compare is not None:
         for line in compared(*map(Report.read, compare)):
@@ -67,11 +70,12 @@ def bench(
     plan = Plan(
         variants=variants,
         setup=Setup(config, tuple(manifest or ()), device),
-        images=[file.path.read_bytes() for file in find_images([images or _samples()])],
-        measures=_measures(measure, rate=rate, address=address),
+        images=[Path(file.file).read_bytes() for file in list_files([str(images or _samples())])],
+        measures=_measures(measure, rate=rate, overload=overload, address=address),
         batch_sizes=tuple(batch_size or ()),
         in_flight=in_flight,
         rate=rate,
+        overload=overload,
         seconds=seconds,
         warmup_s=warmup,
         rounds=rounds,
@@ -91,17 +95,15 @@ def _samples() -> Path:
     return SAMPLES
 
 
-def _measures(asked: list[str] | None, *, rate: float, address: str) -> tuple[Measure, ...]:
+def _measures(asked: list[str] | None, *, rate: float, overload: float, address: str) -> tuple[Measure, ...]:
     """What to measure. A server that runs already cannot be measured from inside."""
     from vision_service.bench.plan import MEASURES
 
-    if asked is None:
-        inside = () if address else ("network", "pipeline")
-        asked = [*inside, "served", "single", *(["open"] if rate else [])]
-    if wrong := [name for name in asked if name not in MEASURES]:
-        raise InvalidInput("measure", f"there is no {wrong[0]!r}; {choices(wrong[0], MEASURES)}")
-    if rate and "open" not in asked:
-        raise InvalidInput("rate", "is for the open loop; add --measure open or leave --rate out")
+    known = ("network", "pipeline", "served", "single")
+    asked = list(known[2:] if address else known) if asked is None else asked
+    if wrong := [name for name in asked if name not in known]:
+        raise InvalidInput("measure", f"there is no {wrong[0]!r}; {choices(wrong[0], known)}")
     if address and {"network", "pipeline"} & set(asked):
-        raise InvalidInput("address", "a server that runs already is measured as served, single and open only")
+        raise InvalidInput("address", "a server that runs already is measured as served and single only")
+    asked += [name for name, value in (("open", rate), ("overload", overload)) if value]
     return tuple(name for name in MEASURES if name in asked)

@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 
 TaskWord = Literal["classify", "detect", "segment", "translate"]
 
-Images = Annotated[
-    list[Path], typer.Argument(help="Image files, and folders that are searched for images.", exists=True)
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(help="Folder for annotated pictures, results.jsonl and failures.jsonl.", file_okay=False),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per image on stdout.")]
 TopK = Annotated[int | None, typer.Option(help="classify: at most so many classes.")]
 ScoreThreshold = Annotated[float | None, typer.Option(help="Lowest score, 0 to 1.")]

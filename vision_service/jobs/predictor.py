@@ -25,7 +25,7 @@ from typing import Any, Self, TypeVar
 from vision_service.config import ModelSpec
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, replace_fields
-from vision_service.engine.host import pick_device
+from vision_service.engine.loaded import pick_device
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import usable_cores
 from vision_service.errors import ConfigError, InvalidImage, QueueFull, VisionError
@@ -113,6 +113,8 @@ class Predictor:
             data: content of its file; ``None``: it is read.
             keep_image: leave the decoded image in the outcome.
         """
+        if item.is_video:
+            return Outcome(item, failures=(Failure(InvalidImage(f"{item.file} cannot be read as a video")),))
         try:
             content = item.pixels if item.pixels is not None else read_item(item, self.limits) if data is None else data
         except OSError as error:
@@ -120,15 +122,17 @@ class Predictor:
             return Outcome(item, failures=(Failure(reason, passing=True),))
         except VisionError as error:
             return Outcome(item, failures=(Failure(error),))
+        if isinstance(content, bytes) and len(self.specs) == 1:
+            # The pipeline decodes a large JPEG no larger than its one model needs; drawing wants all of it.
+            outcome = self._predict(item, content, None)
+            return replace(outcome, image=self._decode(content)) if keep_image and outcome.results else outcome
         started_s = time.perf_counter()
         try:
-            with self._decoding:
-                image = decode_image(content, self.limits) if isinstance(content, bytes) else content
+            image = self._decode(content) if isinstance(content, bytes) else content
         except VisionError as error:
             return Outcome(item, failures=(Failure(error),))
-        decode_ms = 1000 * (time.perf_counter() - started_s)
-        del content
-        return self._predict(item, image, decode_ms, keep_image)
+        outcome = self._predict(item, image, 1000 * (time.perf_counter() - started_s))
+        return replace(outcome, image=image) if keep_image else outcome
 
     def predict_many(self, images: Iterable[tuple[str, bytes]]) -> Iterator[Outcome]:
         """Many images whose files somebody else has read: one outcome each, in their order.
@@ -152,7 +156,18 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _predict(self, item: Item, image: UInt8Array, decode_ms: float, keep_image: bool) -> Outcome:
+    def _decode(self, content: bytes) -> UInt8Array:
+        with self._decoding:
+            return decode_image(content, self.limits)
+
+    def _predict(self, item: Item, image: UInt8Array | bytes, decode_ms: float | None) -> Outcome:
+        """Every model's answer, or its failure.
+
+        Args:
+            item: which image.
+            image: its pixels, or its file for the pipeline to decode.
+            decode_ms: what decoding took; ``None``: the pipeline measures it.
+        """
         results: list[Result[Prediction]] = []
         failures: list[Failure] = []
         with self._least_busy() as pipeline:
@@ -162,10 +177,12 @@ class Predictor:
                     result = future.result()
                 except VisionError as error:
                     passing = error.status not in ("INVALID_ARGUMENT", "INTERNAL")
-                    failures.append(Failure(error, spec.name, passing))
+                    unusable = isinstance(error, InvalidImage) and decode_ms is None
+                    failures.append(Failure(error, "" if unusable else spec.name, passing))
                 else:
-                    results.append(replace(result, timings=replace(result.timings, decode_ms=decode_ms)))
-        return Outcome(item, tuple(results), tuple(failures), image if keep_image else None)
+                    timings = result.timings if decode_ms is None else replace(result.timings, decode_ms=decode_ms)
+                    results.append(replace(result, timings=timings))
+        return Outcome(item, tuple(results), tuple(failures))
 
     @contextmanager
     def _least_busy(self) -> Iterator[Pipeline]:
@@ -178,7 +195,7 @@ class Predictor:
             with self._lock:
                 self._busy[pipeline] -= 1
 
-    def _submit(self, pipeline: Pipeline, image: UInt8Array, spec: ModelSpec) -> Future[Result[Any]]:
+    def _submit(self, pipeline: Pipeline, image: UInt8Array | bytes, spec: ModelSpec) -> Future[Result[Any]]:
         """Submit; wait while very large images fill the queues; an error becomes the future's."""
         while True:
             try:

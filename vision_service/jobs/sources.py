@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from fsspec.utils import glob_translate
 
 from vision_service.errors import ConfigError
-from vision_service.jobs.items import IMAGE_SUFFIXES, Item
+from vision_service.jobs.items import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Item
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAGIC = re.compile(r"[*?\[]")
@@ -160,3 +160,8 @@ def _each_once(files: Iterator[Item]) -> Iterator[Item]:
                 yield item
     finally:
         seen.close()
+
+
+def may_have_video(named: Sequence[str]) -> bool:
+    """Whether a source is a video, or may turn out to be one: a list is not read for it."""
+    return any(one.startswith("@") or Path(one).suffix.lower() in VIDEO_SUFFIXES for one in named)
