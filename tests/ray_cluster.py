@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.helpers import PLUGINS, ROOT
@@ -37,27 +39,27 @@ class TwoNodes:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        """Returns when both say that they run."""
         head = ["--head", f"--port={self.address.partition(':')[2]}", "--include-dashboard=false"]
-        self._processes = [self._start("head", *head)]
+        self._start("head", *head)
         self._wait_for("head")
         self.worker = self._start("worker", f"--address={self.address}")
-        self._processes.append(self.worker)
         self._wait_for("worker")
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen:
         common = ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--block"]
         with (self.folder / f"{name}.log").open("w") as log:
-            return subprocess.Popen(
-                [RAY, "start", *arguments, *common],
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-                start_new_session=True,
-            )
+            command = [RAY, "start", *arguments, *common]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+        self._processes.append(process)
+        return process
 
     def _wait_for(self, name: str) -> None:
         """Until a node says that it runs."""
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 110
         log = self.folder / f"{name}.log"
         while "Ray runtime started" not in log.read_text():
             assert time.monotonic() < deadline_s, log.read_text()
@@ -77,6 +79,17 @@ class TwoNodes:
             if process.poll() is None:
                 self.kill(process)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def two_nodes() -> Iterator[TwoNodes]:
+    """A cluster that is gone afterwards, whatever happens."""
+    cluster = TwoNodes()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
 
 
 def descendants(pid: int) -> list[int]:

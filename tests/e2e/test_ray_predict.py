@@ -5,40 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import cv2
 import pytest
 
 from tests.helpers import red_image, tiny_manifest
-from tests.ray_cluster import TwoNodes
+from tests.ray_cluster import two_nodes
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import resolve_specs
 from vision_service.jobs.predictor import Predictor, in_order
 from vision_service.jobs.sources import list_files
 
-DRIVER = """
-import sys
-from pathlib import Path
-from vision_service.cluster import connected
-from vision_service.config.settings import ServerSettings
-from vision_service.jobs.ray_engine import ActorOptions, RayPredictor
-from vision_service.jobs.ray_job import run_on_ray
-
-if __name__ == "__main__":
-    address, manifest, folder, output = sys.argv[1:]
-    settings = ServerSettings.read(models=("tiny", "slow"), manifests=(Path(manifest),), device="cpu")
-    with connected(address) as ray:
-        predictor = RayPredictor(ray, settings, options=ActorOptions(actors=2))
-        show = lambda summary, total: print(summary.seen, total, flush=True)
-        print(run_on_ray(predictor, [folder], output, part_images=16, show=show), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def nodes():
-    cluster = TwoNodes()
-    yield cluster
-    cluster.close()
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +50,46 @@ def locally(photos, manifest):
     return results, failures
 
 
-def test_a_node_is_killed_and_the_job_is_complete_and_equal_to_the_byte(nodes, photos, manifest, tmp_path):
-    output = tmp_path / "results"
-    command = [sys.executable, "-c", DRIVER, nodes.address, str(manifest), str(photos), str(output)]
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=nodes.environment) as driver,
-    ):
-        first = driver.stdout.readline()
-        if first:
-            nodes.kill(nodes.worker)
-        *_, last = driver.stdout
-        assert driver.wait() == 0, (tmp_path / "log").read_text()
-    print((tmp_path / "log").read_text())
-    assert first.split() == ["16", "160"]
-    assert "seen=160, failed=2" in last
+def started(nodes, manifest, photos, output, log):
+    command = [sys.executable, "-m", "vision_service", "predict", str(photos), "--manifest", str(manifest)]
+    command += ["--model", "tiny", "--model", "slow", "--device", "cpu", "--output", str(output)]
+    command += ["--engine", "ray", "--ray-address", nodes.address]
+    return subprocess.Popen(command, stdout=log, stderr=log, env=nodes.environment)
+
+
+def wait_for_parts(output, count, process):
+    while len(list(output.glob("parts/*.parquet"))) < count:
+        assert process.poll() is None, "it ended before its time"
+        time.sleep(0.05)
+
+
+def check(output, photos, manifest):
     results, failures = locally(photos, manifest)
     assert (output / "results.jsonl").read_text() == results
     assert (output / "failures.jsonl").read_text() == failures
-    assert len(list((output / "parts").iterdir())) == 10
+
+
+def test_a_node_dies_then_the_driver_and_all_is_there_and_equal_to_the_byte(nodes, photos, manifest, tmp_path):
+    output = tmp_path / "results"
+    with (tmp_path / "log").open("w+") as log:
+        process = started(nodes, manifest, photos, output, log)
+        wait_for_parts(output, 2, process)
+        nodes.kill(nodes.worker)
+        assert process.wait() == 1, (tmp_path / "log").read_text()  # two images fail, as they should
+    said = (tmp_path / "log").read_text()
+    assert "160 images were done now and 0 before" in said
+    assert "055.png: image: text that starts with" in said
+    check(output, photos, manifest)
+    assert len(list(output.glob("parts/*"))) == 10
+
+    first, *others = sorted(output.glob("parts/*"))  # as if the driver had died with one part written
+    for part in others:
+        part.unlink()
+    (output / "results.jsonl").unlink()
+    written_ns = first.stat().st_mtime_ns
+    with (tmp_path / "log").open("w+") as log:
+        assert started(nodes, manifest, photos, output, log).wait() == 1
+    assert "144 images were done now and 16 before" in (tmp_path / "log").read_text()
+    assert first.stat().st_mtime_ns == written_ns
+    lines = [sorted((output / name).read_text().splitlines()) for name in ("results.jsonl", "failures.jsonl")]
+    assert lines == [sorted(text.splitlines()) for text in locally(photos, manifest)]

@@ -9,7 +9,8 @@ What an outcome says is the same as `Predictor` in one process says, to the byte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,11 +23,11 @@ from vision_service.imaging.decode import DecodeLimits
 from vision_service.jobs.items import Item, Outcome
 from vision_service.jobs.predictor import Predictor, in_order
 from vision_service.jobs.ray_parts import Parts, Written
-from vision_service.jobs.ray_stages import Decode, Write, pack, unpack
+from vision_service.jobs.ray_stages import Decode, Write, pack, stand_in, unpack
 from vision_service.types import ParamOverrides
 
-PART_IMAGES = 256
-"""Images of a part."""
+MOST_PART_IMAGES, LEAST_PART_IMAGES, LEAST_PARTS = 256, 16, 32
+"""Images of a part. A small job has small parts, so that little is lost when it is stopped."""
 
 BLOCK_ITEMS = 16
 """Items of a block: what a task decodes, and about what is done again when a node is lost."""
@@ -38,24 +39,34 @@ work to do: it does so where two steps ask for the same."""
 
 @dataclass(frozen=True, slots=True)
 class ActorOptions:
-    """How many actors hold the models, and how large they are.
+    """How many actors hold the models, and on what. Each takes a core, and one copy of the models.
 
     Attributes:
-        actors: at most so many.
-        cpus: of an actor: what Ray sets aside for it, and on a CPU how many copies of the models it runs side by side.
+        actors: at most so many; 0: one for each GPU share, or one a core less one for decoding.
         gpus: of an actor; a share of one is allowed.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    actors: int = 2
-    cpus: float = 1.0
+    actors: int = 0
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.actors < 1 or self.cpus <= 0 or self.gpus < 0:
-            raise ConfigError("Ray needs at least one actor, with more than 0 CPUs and no fewer than 0 GPUs")
+        if self.actors < 0 or self.gpus < 0:
+            raise ConfigError(f"{self.actors} actors with {self.gpus} GPUs each cannot be had")
+
+    def most(self, resources: dict[str, float]) -> int:
+        """How many actors a cluster with these resources may have.
+
+        Raises:
+            ConfigError: it cannot have one and decode beside it.
+        """
+        cores, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
+        if cores < 2 or gpus < self.gpus:
+            need = "2 cores: one for the models and one to decode" + (f", and {self.gpus} GPUs" if self.gpus else "")
+            raise ConfigError(f"the Ray cluster has {cores} cores and {gpus:g} GPUs, and a job needs {need}")
+        return self.actors or (max(1, int(gpus / self.gpus)) if self.gpus else cores - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +77,13 @@ class Recipe:
         settings: fields of `ServerSettings`; the node's environment gives the others.
         overrides: what the calls choose.
         batch_size: most images in one forward pass.
-        workers: copies of the models that run side by side.
+        folder: where the program was started; relative paths are meant from there, on nodes that have it.
     """
 
     settings: dict[str, Any]
     overrides: ParamOverrides
     batch_size: int
-    workers: int
+    folder: str
 
     def make(self) -> Predictor:
         """Load the models here.
@@ -80,10 +91,11 @@ class Recipe:
         Raises:
             VisionError: one is unknown here, or cannot be loaded.
         """
+        stand_in(self.folder)
         settings = ServerSettings.read(**self.settings)
         specs = resolve_specs(settings)
         pull_missing(specs, settings)
-        return Predictor(specs, self.overrides, settings=settings, workers=self.workers, batch_size=self.batch_size)
+        return Predictor(specs, self.overrides, settings=settings, workers=1, batch_size=self.batch_size)
 
 
 class RayPredictor:
@@ -108,14 +120,13 @@ class RayPredictor:
     ) -> None:
         self._ray = ray
         self._options = options or ActorOptions()
-        self._limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+        self.limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
         own = settings.model_dump(mode="json", exclude_unset=True, exclude={"host", "port"})
-        workers = 1 if self._options.gpus else max(1, round(self._options.cpus))
-        self._recipe = Recipe(own, overrides or ParamOverrides(), batch_size, workers)
+        self._recipe = Recipe(own, overrides or ParamOverrides(), batch_size, os.getcwd())  # noqa: PTH109
 
     def fingerprint(self) -> str:
         """`Predictor.fingerprint`, of a predictor on the cluster: runtime and precision may be others there."""
-        ask = self._ray.remote(num_cpus=self._options.cpus, num_gpus=self._options.gpus)(_fingerprint)
+        ask = self._ray.remote(num_cpus=1, num_gpus=self._options.gpus)(_fingerprint)
         return str(self._ray.get(ask.remote(self._recipe)))
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
@@ -129,13 +140,12 @@ class RayPredictor:
         """
         return self._run(items, lambda found: found)
 
-    def write(self, items: Iterable[Item], parts: Parts, part_images: int = PART_IMAGES) -> Iterator[Written]:
+    def write(self, items: Sequence[Item], parts: Parts) -> Iterator[Written]:
         """Predict images and write parts, on the nodes.
 
         Args:
-            items: see `outcomes`.
+            items: the images.
             parts: where to.
-            part_images: images of a part; no more is lost by a writer's end.
 
         Returns:
             The parts, as they are written, in the order of the images.
@@ -143,6 +153,7 @@ class RayPredictor:
         Raises:
             VisionError: the predictor cannot be made on a node.
         """
+        part_images = min(MOST_PART_IMAGES, max(LEAST_PART_IMAGES, len(items) // LEAST_PARTS))
         return self._run(
             items,
             lambda found: found.map_batches(
@@ -155,11 +166,12 @@ class RayPredictor:
         if not blocks:
             return
         data = self._ray.data
+        actors = self._options.most(self._ray.cluster_resources())
         with _settings_of(data):
             found = (
                 data.from_arrow_refs(blocks)
                 .map_batches(
-                    Decode(self._limits),
+                    Decode(self.limits, self._recipe.folder),
                     batch_size=None,
                     batch_format="pyarrow",
                     num_cpus=1,
@@ -168,8 +180,8 @@ class RayPredictor:
                 .map_batches(
                     _Predict,
                     fn_constructor_args=(self._recipe,),
-                    compute=data.ActorPoolStrategy(min_size=1, max_size=self._options.actors),
-                    num_cpus=self._options.cpus,
+                    compute=data.ActorPoolStrategy(min_size=1, max_size=actors),
+                    num_cpus=1,
                     num_gpus=self._options.gpus,
                     batch_size=None,
                     batch_format="pyarrow",

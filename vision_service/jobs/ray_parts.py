@@ -48,6 +48,12 @@ class _Noted:
     size_bytes: int
     stamp: str
     passing: bool
+    failed: bool
+
+    def is_stale(self, item: Item, *, retry_failures: bool) -> bool:
+        """Whether the image is to be done again."""
+        changed = (self.size_bytes, self.stamp) != (item.size_bytes, item.stamp)
+        return changed or self.passing or (retry_failures and self.failed)
 
 
 class Parts:
@@ -66,18 +72,23 @@ class Parts:
         self._prefix = f"part-{identity[:16]}-"
         self._store, self._folder = _open(self._url)
 
-    def pending(self, items: Sequence[Item]) -> Iterator[Item]:
-        """The images that no part has, in their order; a part with an image that changed is removed, and done again.
+    def clear(self) -> None:
+        """Remove all parts."""
+        for part in {known.part for known in self._noted().values()}:
+            self._store.rm_file(part)
+
+    def pending(self, items: Sequence[Item], *, retry_failures: bool = False) -> Iterator[Item]:
+        """The images that no part has, in their order; a part with an image to be done again is removed as a whole.
 
         Args:
             items: what the sources list now.
+            retry_failures: do images again that failed, too, and not only those that changed or could not be read.
         """
         noted = self._noted()
         stale = {
             known.part
             for item in items
-            if (known := noted.get(item.file)) is not None
-            and (known.passing or (known.size_bytes, known.stamp) != (item.size_bytes, item.stamp))
+            if (known := noted.get(item.file)) is not None and known.is_stale(item, retry_failures=retry_failures)
         }
         for part in sorted(stale):
             self._store.rm_file(part)
@@ -97,11 +108,14 @@ class Parts:
         failed = [outcome for outcome in outcomes if outcome.failures]
         return Written(len(outcomes), len(failed), [row for one in failed for row in one.failure_records()])
 
-    def finish(self, items: Iterable[Item]) -> None:
+    def finish(self, items: Iterable[Item]) -> int:
         """Write ``results.jsonl`` and ``failures.jsonl`` from the parts, as a local job has them.
 
         Args:
             items: what the sources list, for the order: parts come in the order of their first image.
+
+        Returns:
+            How many images failed.
         """
         noted = self._noted()
         order: dict[str, int] = {}
@@ -121,6 +135,7 @@ class Parts:
                     file.write("".join(line + "\n" for line in lines).encode())
             if not some and not wanted:  # no failures leave no file of them
                 self._store.rm_file(path)
+        return sum(known.failed for known in noted.values())
 
     def _noted(self) -> dict[str, _Noted]:
         folder = f"{self._folder}/{PARTS}"
@@ -134,8 +149,10 @@ class Parts:
             if not name.startswith(self._prefix) or not name.endswith(".parquet"):
                 self._store.rm_file(path)  # of another identity, or of a writer that was killed
                 continue
-            for row in self._read(path, ["file", "size_bytes", "stamp", "passing"]):
-                noted[row["file"]] = _Noted(str(path), row["size_bytes"], row["stamp"], row["passing"])
+            for row in self._read(path, ["file", "size_bytes", "stamp", "passing", "failed"]):
+                noted[row["file"]] = _Noted(
+                    str(path), *(row[name] for name in ("size_bytes", "stamp", "passing", "failed"))
+                )
         return noted
 
     def _read(self, path: str, columns: list[str]) -> list[Record]:
@@ -159,6 +176,7 @@ def _rows(outcome: Outcome) -> Iterator[Record]:
         "size_bytes": outcome.item.size_bytes,
         "stamp": outcome.item.stamp,
         "passing": any(failure.passing for failure in outcome.failures),
+        "failed": bool(outcome.failures),
     }
     for record in outcome.records():
         yield {**nested_row(record), **about, "json": json.dumps(record)}
@@ -169,7 +187,7 @@ def _rows(outcome: Outcome) -> Iterator[Record]:
 
 def _schema(pa: Any) -> Any:
     texts = [(name, pa.string()) for name in ("error", "status", "message", "stamp", "json")]
-    more = [*texts, ("size_bytes", pa.int64()), ("passing", pa.bool_())]
+    more = [*texts, ("size_bytes", pa.int64()), ("passing", pa.bool_()), ("failed", pa.bool_())]
     return pa.schema([*nested_schema(), *(pa.field(name, kind) for name, kind in more)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,11 +22,13 @@ COLUMN = "pickled"
 class Decode:
     """Reads and decodes the images of a block: items with pixels leave it, and outcomes of what could not be read."""
 
-    def __init__(self, limits: DecodeLimits) -> None:
+    def __init__(self, limits: DecodeLimits, folder: str) -> None:
         self._limits = limits
+        self._folder = folder
 
     def __call__(self, batch: Any) -> Iterator[Any]:
         """A block of items; a block each."""
+        stand_in(self._folder)
         for item in unpack(batch):
             yield pack([self._decoded(item)])  # one by one: a few large images fill a block
 
@@ -60,3 +64,9 @@ def pack(values: Iterable[Any]) -> Any:
 def unpack(batch: Any) -> Iterator[Any]:
     """What `pack` put in. It comes from tasks of this program, as every value that Ray passes on."""
     return (pickle.loads(value.as_buffer()) for value in batch.column(COLUMN))  # noqa: S301
+
+
+def stand_in(folder: str) -> None:
+    """Make relative paths mean what they mean where the program was started, on a node that has that folder."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
