@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -182,6 +183,7 @@ class ModelSpec(Spec):
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         runtime: how it is executed; ``auto`` picks by device and by what is installed. See docs/runtimes.md.
         precision: of the arithmetic; ``auto`` is fp32 on a CPU and fp16 on a GPU.
+        calibration_folder: images like those that will come, which precision ``int8`` measures its scales on.
     """
 
     name: str
@@ -199,6 +201,7 @@ class ModelSpec(Spec):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     runtime: RuntimeName = "auto"
     precision: PrecisionName = "auto"
+    calibration_folder: Path | None = None
 
     @field_validator("name", "version")
     @classmethod

@@ -28,7 +28,15 @@ from vision_service.errors import (
 )
 from vision_service.imaging.preprocess import content_hw, preprocess, stack
 from vision_service.model_info import ModelInfo, ModelState
-from vision_service.runtimes import Compiled, Execution, Forward, Workload, choose_precision, compile_network
+from vision_service.runtimes import (
+    Calibration,
+    Compiled,
+    Execution,
+    Forward,
+    Workload,
+    choose_precision,
+    compile_network,
+)
 from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
 
 logger = logging.getLogger(__name__)
@@ -247,6 +255,8 @@ class ModelHost:
                 torch.from_numpy(example.pixels).unsqueeze(0),
                 max_batch_size=spec.batching.max_batch_size,
                 any_size=spec.preprocess.any_input_size,
+                described=spec.model_dump_json(include={"backend", "options", "preprocess", "classes"}),
+                calibration=Calibration(spec.calibration_folder, spec.preprocess) if spec.calibration_folder else None,
             ),
             runtime=spec.runtime,
             precision=choose_precision(spec.precision, self._device),
