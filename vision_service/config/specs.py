@@ -15,7 +15,7 @@ SizeHW = tuple[Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Byte, Byte, Byte]
 Triple = tuple[float, float, float]
-RuntimeName = Literal["auto", "torch", "openvino"]
+RuntimeName = Literal["auto", "torch", "torch_compile", "torch_cuda_graphs", "openvino", "onnxruntime", "tensorrt"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

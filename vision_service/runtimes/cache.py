@@ -110,6 +110,12 @@ class CompileCache:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def copy_into(source: Path, folder: Path) -> None:
+    """Copy a folder's files into another."""
+    for file in source.iterdir():
+        shutil.copyfile(file, folder / file.name)
+
+
 def _is_whole(entry: Path) -> bool:
     files = json.loads((entry / _INDEX).read_text())["files"]
     return bool(files) and all(_sha256(entry / name) == expected for name, expected in files.items())
