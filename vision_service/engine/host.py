@@ -262,6 +262,7 @@ class ModelHost:
             precision=choose_precision(spec.precision, self._device),
             device=self._device,
             execution=self._execution,
+            own_runtime=self._backend.own_runtime,
         )
         self._forward = self._compiled.forward
         logger.info("model %s: %s", self.label, self._compiled)

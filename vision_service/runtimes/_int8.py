@@ -11,6 +11,14 @@ from vision_service.runtimes._openvino_library import load_library
 from vision_service.runtimes.base import CannotCompile, Workload
 from vision_service.runtimes.calibration import Calibration
 
+_WITH_WEIGHTS = {
+    "Convolution",
+    "GroupConvolution",
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+    "MatMul",
+}
+
 
 def need_calibration(work: Workload) -> Calibration:
     """The workload's images.
@@ -44,7 +52,29 @@ def quantize(model: Any, work: Workload) -> Any:
     try:
         # Mixed: symmetric scales for weights, asymmetric ones for activations, which are not centred on zero here.
         return nncf.quantize(
-            model, nncf.Dataset(batches), preset=nncf.QuantizationPreset.MIXED, subset_size=len(batches)
+            model,
+            nncf.Dataset(batches),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=_tail(model), validate=False),
         )
     except Exception as error:  # its errors have no base class of their own
-        raise CannotCompile(f"NNCF cannot quantize the network ({first_line(error)})") from error
+        raise CannotCompile(f"NNCF cannot quantize the network: {first_line(error)}") from error
+
+
+def _tail(model: Any) -> list[str]:
+    """Names of the operations after the last layers with weights: 256 steps are too few for coordinates.
+
+    They cost next to nothing, and a picture larger than those calibrated with would be cut off.
+    """
+    ahead: set[str] = set()  # from which a layer with weights is reached, or that are one
+    tail = []
+    for op in reversed(model.get_ordered_ops()):
+        readers = {
+            port.get_node().get_friendly_name() for output in op.outputs() for port in output.get_target_inputs()
+        }
+        if op.get_type_name() in _WITH_WEIGHTS or readers & ahead:
+            ahead.add(op.get_friendly_name())
+        elif op.get_type_name() not in ("Result", "Parameter", "Constant"):
+            tail.append(op.get_friendly_name())
+    return tail

@@ -91,8 +91,8 @@ class OnnxRuntime(Runtime):
         names = [node.name for node in session.get_inputs()]
 
         def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip(names, (images.numpy(), sizes_hw.numpy()), strict=True))
             try:
+                given = dict(zip(names, (images.contiguous().numpy(), sizes_hw.contiguous().numpy()), strict=True))
                 return tuple(torch.from_numpy(output) for output in session.run(None, given))
             except Exception as error:  # as above
                 if not is_out_of_memory(error):
