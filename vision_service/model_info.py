@@ -57,6 +57,10 @@ class ModelInfo:
         max_batch_size: largest batch it runs.
         max_queued_jobs: most calls that may wait for it.
         queued_jobs: calls waiting now.
+        latency_curve: batch size and milliseconds, measured when it was loaded.
+        max_delay_ms: how long the oldest waiting call may be held back for a fuller batch.
+        target_p99_ms: objective for the time from a call's decoded image to its answer; ``None``: there is none.
+        answer_within_ms: how long the last call that is let in waits for its answer, by the curve and the limits.
     """
 
     name: str
@@ -77,3 +81,7 @@ class ModelInfo:
     max_batch_size: int = 0
     max_queued_jobs: int = 0
     queued_jobs: int = 0
+    latency_curve: tuple[tuple[int, float], ...] = ()
+    max_delay_ms: float = 0.0
+    target_p99_ms: float | None = None
+    answer_within_ms: float = 0.0

@@ -59,6 +59,8 @@ _SAME_FIELDS = (
     "max_batch_size",
     "max_queued_jobs",
     "queued_jobs",
+    "max_delay_ms",
+    "answer_within_ms",
 )
 
 
@@ -76,6 +78,8 @@ def model_to_proto(info: ModelInfo, *, with_class_names: bool = True) -> pb.Mode
         task=TASK_VALUES[info.task],
         state=MODEL_STATE_VALUES[info.state],
         class_names=info.class_names if with_class_names else (),
+        latency_curve=[pb.BatchLatency(batch_size=size, latency_ms=ms) for size, ms in info.latency_curve],
+        target_p99_ms=info.target_p99_ms,
         **{name: getattr(info, name) for name in _SAME_FIELDS},
     )
 
@@ -92,5 +96,7 @@ def model_from_proto(model: pb.Model) -> ModelInfo:
         task=TASKS[model.task],
         state=MODEL_STATES[model.state],
         class_names=tuple(model.class_names),
+        latency_curve=tuple((point.batch_size, point.latency_ms) for point in model.latency_curve),
+        target_p99_ms=model.target_p99_ms if model.HasField("target_p99_ms") else None,
         **{name: getattr(model, name) for name in _SAME_FIELDS},
     )

@@ -42,7 +42,8 @@ def lines(text):
 
 def test_results_in_the_order_of_the_files(address, photos, tmp_path):
     output = tmp_path / "out"
-    result = run("client", "classify", photos, "--address", address, "--json", "--output", output, "--concurrency", 2)
+    options = ("--output", output, "--save", "pictures", "--timings", "--json", "--in-flight", 2)
+    result = run("client", "classify", photos, "--address", address, *options)
     assert result.exit_code == 0, result.output
     rows = lines(result.stdout)
     assert [Path(row["file"]).name for row in rows] == [f"{red}.png" for red in range(1, 6)]
@@ -107,3 +108,13 @@ def test_a_server_that_is_not_there(photos):
     listed = run("models", "list", "--address", "127.0.0.1:1")
     assert listed.exit_code == 1
     assert "UNAVAILABLE from 127.0.0.1:1" in listed.stderr
+
+
+def test_health_tells_by_its_exit_code(address, monkeypatch):
+    healthy = run("health", "--address", address)
+    assert (healthy.exit_code, healthy.stdout) == (0, "SERVING\n")
+    idle = run("health", "--address", address, "--service", "detect")
+    assert (idle.exit_code, idle.stdout) == (1, "NOT_SERVING\n")
+    monkeypatch.setenv("VISION_SERVICE_PORT", address.rpartition(":")[2])
+    assert run("health").exit_code == 0
+    assert run("health", "--address", "127.0.0.1:1", "--timeout", "0.2").exit_code == 1

@@ -12,11 +12,12 @@ PACKAGE = ROOT / "vision_service"
 
 FLOORS = [
     {"cli", "__main__"},
-    {"server", "client", "evaluation"},
+    {"bench"},
+    {"server", "client", "evaluation", "jobs"},
     {"engine"},
     {"backends", "runtimes"},
-    {"imaging", "networks", "weights", "wire", "zoo"},
-    {"config", "model_info", "segments"},
+    {"imaging", "networks", "weights", "wire", "zoo", "records"},
+    {"cluster", "config", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
 """From the roof down: a room imports from its own floor or from those below."""

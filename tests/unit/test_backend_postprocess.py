@@ -8,7 +8,9 @@ import torch
 
 from tests.helpers import tiny_spec
 from vision_service.backends import _detection
+from vision_service.backends._classification import scores_to_classifications
 from vision_service.backends._detection import dense_to_detections
+from vision_service.backends._outputs import check_finite
 from vision_service.backends._segmentation import logits_to_maps
 from vision_service.backends.table import create_backend
 from vision_service.errors import InferenceFailed
@@ -96,6 +98,57 @@ def test_a_threshold_of_zero_stays_affordable():
     )
     assert len(found) == 100
     assert (np.diff(found.scores) <= 0).all()
+
+
+@pytest.mark.parametrize("most", [20, 4096])
+@pytest.mark.parametrize("together", [30, 16384])
+def test_a_gpus_way_keeps_what_the_cpus_keeps(monkeypatch, most, together):
+    monkeypatch.setattr(_detection, "MAX_CANDIDATES", most)
+    monkeypatch.setattr(_detection, "TOGETHER", together)
+    rng = torch.Generator().manual_seed(1)
+    corner = torch.rand(5, 200, 2, generator=rng) * 100 - 20
+    boxes = torch.cat((corner, corner + 30 + torch.rand(5, 200, 2, generator=rng)), dim=2)
+    scores = torch.rand(5, 200, 7, generator=rng)
+    params = [
+        Params(score_threshold=0.9),
+        Params(score_threshold=0.8, iou_threshold=0.3, max_detections=3),
+        Params(score_threshold=1.0),
+        Params(score_threshold=0.5, class_ids=frozenset({2, 5}), iou_threshold=0.3),
+        Params(score_threshold=0.95, class_ids=frozenset()),
+    ]
+    each, counts = _detection.select_each(boxes, scores, params)
+    table, counts_together = _detection.select_together(boxes, scores, params)
+    assert counts_together == counts
+    assert counts[1] == 3
+    assert counts[2] == counts[4] == 0
+    np.testing.assert_array_equal(table, each)
+    none, counts = _detection.select_together(boxes, scores, [Params(score_threshold=1.0)] * 5)
+    assert (none.shape, counts) == ((0, 6), [0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (Params(top_k=1, score_threshold=0.0), [1]),
+        (Params(top_k=3, score_threshold=0.0), [1, 0, 2]),  # of equal scores the lower id comes first
+        (Params(top_k=4, score_threshold=0.0), [1, 0, 2, 4]),
+        (Params(top_k=9, score_threshold=0.0), [1, 0, 2, 4, 3]),
+        (Params(top_k=9, score_threshold=0.2), [1, 0, 2, 4]),
+        (Params(top_k=2, score_threshold=0.0, class_ids=frozenset({3, 4, 2})), [2, 4]),
+        (Params(top_k=2, score_threshold=0.0, class_ids=frozenset()), []),
+    ],
+)
+def test_which_classes_are_kept(params, expected):
+    scores = torch.tensor([[0.2, 0.3, 0.2, 0.1, 0.2]])
+    (found,) = scores_to_classifications(scores, [params], tuple("abcde"))
+    assert found.class_ids.tolist() == expected
+    assert found.class_names == tuple("abcde"[i] for i in expected)
+
+
+def test_large_finite_outputs_are_not_taken_for_infinite_ones():
+    check_finite(torch.full((2, 3), 3e38))
+    with pytest.raises(InferenceFailed, match="image 1 of a batch of 2"):
+        check_finite(torch.tensor([[1.0, 2.0], [float("inf"), -float("inf")]]), torch.ones(2, 1))
 
 
 def segment(logits, params, meta, classes=("nothing", "person"), background_id=0):

@@ -265,7 +265,7 @@ def test_nothing_keeps_a_payload_once_it_is_answered(make):
 
 
 def test_an_error_does_not_keep_the_payload_either(make, caplog):
-    caplog.set_level("CRITICAL", "vision_service.engine.batcher")  # pytest would keep the record, and all behind it
+    caplog.set_level("CRITICAL", "vision_service.engine.runner")  # pytest would keep the record, and all behind it
 
     def execute(payloads):
         raise ValueError("no")
@@ -354,3 +354,180 @@ def test_many_threads_get_their_own_answers(make):
         thread.join(30)
     assert len(answers) == 2400
     assert all(answer == 3 * i for i, answer in answers.items())
+
+
+class TwoStages:
+    """Doubles numbers in the first stage and makes words of them in the second, which can be held up at a gate."""
+
+    def __init__(self) -> None:
+        self.executed: list[list[int]] = []
+        self.finished: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.finishing = threading.Event()
+
+    def execute(self, payloads):
+        self.executed.append(list(payloads))
+        return [2 * x for x in payloads]
+
+    def finish(self, payloads, outcome, start):
+        self.finished.append(list(payloads))
+        self.finishing.set()
+        assert self.gate.wait(10)
+        if 13 in payloads:
+            raise ValueError("unlucky")
+        return [f"{x} {y}" for x, y in zip(payloads, outcome[start : start + len(payloads)], strict=True)]
+
+
+@pytest.fixture
+def stages():
+    return TwoStages()
+
+
+@pytest.fixture
+def staged(stages):
+    batcher = Batcher(stages.execute, BatchLimits(max_batch_size=4), name="model m:1", finish=stages.finish)
+    yield batcher
+    stages.gate.set()
+    batcher.close(5)
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_the_next_batch_executes_while_the_last_one_is_finished(staged, stages):
+    stages.gate.clear()
+    first = staged.submit(1)
+    assert stages.finishing.wait(5)  # in the executor's own thread, since nothing else waited
+    waiting = [staged.submit(x) for x in (2, 3, 4, 5, 6, 7, 8, 9, 10)]
+    assert stages.executed == [[1]]
+    stages.gate.set()
+    assert [future.result(5).value for future in (first, *waiting)] == [f"{x} {2 * x}" for x in range(1, 11)]
+
+    stages.gate.clear()
+    stages.executed.clear()
+    stages.finishing.clear()
+    more = [staged.submit(x) for x in range(20, 26)]
+    assert stages.finishing.wait(5)
+    more += [staged.submit(x) for x in range(26, 40)]
+    stages.gate.set()
+    assert [future.result(5).value for future in more] == [f"{x} {2 * x}" for x in range(20, 40)]
+
+
+def test_two_batches_are_under_way_and_not_three(stages):
+    entered = threading.Semaphore(0)
+    held = threading.Event()
+
+    def execute(payloads):
+        entered.release()
+        return stages.execute(payloads)
+
+    batcher = Batcher(execute, BatchLimits(max_batch_size=1, max_delay_s=0.2), finish=stages.finish)
+    stages.gate.clear()
+    try:
+        with batcher._lock:  # so that all are queued before the first is taken
+            held.set()
+        futures = [batcher.submit(x) for x in range(5)]
+        eventually(lambda: len(stages.executed) >= 2 or len(stages.finished) >= 1)
+        time.sleep(0.1)
+        assert len(stages.finished) == 1
+        assert len(stages.executed) <= 2  # the second waits with its outcome in hand
+        stages.gate.set()
+        assert [future.result(5).value for future in futures] == [f"{x} {2 * x}" for x in range(5)]
+    finally:
+        stages.gate.set()
+        batcher.close(5)
+
+
+def test_halving_the_second_stage_does_not_execute_again(staged, stages):
+    stages.gate.clear()
+    first = staged.submit(1)
+    assert stages.finishing.wait(5)
+    futures = {x: staged.submit(x) for x in (12, 13, 14, 15)}
+    stages.gate.set()
+    assert first.result(5).value == "1 2"
+    for x, future in futures.items():
+        if x == 13:
+            with pytest.raises(InferenceFailed, match="failed on this image"):
+                future.result(5)
+        else:
+            assert future.result(5).value == f"{x} {2 * x}"
+            assert future.result().batch_size == 4
+    assert stages.executed == [[1], [12, 13, 14, 15]]
+    assert stages.finished[1:] == [[12, 13, 14, 15], [12, 13], [12], [13], [14, 15]]
+
+
+def test_close_waits_for_the_second_stage(staged, stages):
+    stages.gate.clear()
+    first = staged.submit(1)
+    assert stages.finishing.wait(5)
+    closer = threading.Thread(target=staged.close)
+    closer.start()
+    assert not first.done()
+    stages.gate.set()
+    closer.join(5)
+    assert not closer.is_alive()
+    assert first.result(0).value == "1 2"
+
+
+def test_what_is_coming_takes_a_place_in_the_queue(make, executor):
+    batcher = make(max_batch_size=1, max_queued_jobs=2)
+    occupy(batcher, executor)
+    batcher.check_room(coming=1)
+    with pytest.raises(QueueFull, match="2 calls are waiting and the limit is 2"):
+        batcher.check_room(coming=2)
+    executor.gate.set()
+
+
+def test_limits_may_change_while_jobs_wait(make, executor):
+    batcher = make(max_batch_size=1, max_delay_s=60)
+    occupy(batcher, executor)
+    futures = [batcher.submit(x) for x in (1, 2, 3)]
+    batcher.set_limits(BatchLimits(max_batch_size=3, max_queued_jobs=3))
+    assert batcher.limits.max_batch_size == 3
+    with pytest.raises(QueueFull, match="the limit is 3"):
+        batcher.submit(4)
+    executor.gate.set()
+    wait(futures, 5)
+    assert executor.batches == [[0], [1, 2, 3]]
+
+
+def test_executors_behind_one_gate_take_turns_and_batches_grow_meanwhile():
+    gate, running, most = threading.Semaphore(1), [], []
+
+    def execute(payloads):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.pop()
+        return payloads
+
+    batchers = [Batcher(execute, BatchLimits(max_batch_size=64), gate=gate) for _ in range(3)]
+    try:
+        with gate:
+            futures = [batcher.submit(x) for batcher in batchers for x in range(8)]
+            time.sleep(0.05)
+            assert not most
+        assert {future.result(5).batch_size for future in futures} == {8}
+        assert most == [1, 1, 1]
+    finally:
+        for batcher in batchers:
+            batcher.close(5)
+    assert gate.acquire(blocking=False)  # it was given back
+
+
+def test_a_gate_is_given_back_when_all_that_waited_has_gone(make, executor):
+    gate = threading.Semaphore(1)
+    batcher = Batcher(executor, BatchLimits(), gate=gate)
+    try:
+        with gate:
+            batcher.submit(1).cancel()
+            time.sleep(0.02)
+        assert batcher.submit(2).result(5).value == 4
+        assert executor.seen == [2]
+    finally:
+        batcher.close(5)

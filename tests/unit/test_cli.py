@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import cv2
@@ -13,11 +12,9 @@ from typer.testing import CliRunner
 
 from tests.helpers import ROOT, red_image, tiny_manifest
 from vision_service.cli import app
-from vision_service.cli.client import _in_order
 from vision_service.cli.failures import exit_code, readable, show_tracebacks
-from vision_service.cli.files import ImageFile, PictureNames, find_images
 from vision_service.cli.options import read_overrides
-from vision_service.cli.output import error_to_json, to_json, to_line
+from vision_service.cli.output import to_line
 from vision_service.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -28,6 +25,7 @@ from vision_service.errors import (
     WeightsError,
 )
 from vision_service.imaging.masks import decode_rle
+from vision_service.records import error_to_record, to_record
 from vision_service.types import (
     VOID,
     Classification,
@@ -99,7 +97,10 @@ class TestHelp:
 class TestPredict:
     def test_a_bad_file_does_not_stop_the_others(self, manifest, photos, tmp_path):
         output = tmp_path / "out"
-        result = run("predict", photos, "--model", "tiny", "--manifest", manifest, "--output", output, "--json")
+        result = run(
+            *("predict", photos, "--model", "tiny", "--manifest", manifest),
+            *("--output", output, "--save", "pictures", "--json"),
+        )
         assert result.exit_code == 1
         assert "1 failed:" in result.stderr
         assert str(photos / "c.jpg") in result.stderr
@@ -135,7 +136,8 @@ class TestPredict:
         photo = save(tmp_path / "a.png", 7)
         output = tmp_path / "out"
         models = ("--model", "tiny", "--model", "other@2")
-        result = run("predict", photo, *models, "--manifest", manifest, "--output", output, "--json")
+        arguments = (*models, "--manifest", manifest, "--output", output, "--save", "jsonl,pictures", "--json")
+        result = run("predict", photo, *arguments)
         assert [(row["model"], row["version"]) for row in lines(result.stdout)] == [("tiny", "1"), ("other", "2")]
         assert {path.name for path in output.glob("*.jpg")} == {"a.tiny.jpg", "a.other.jpg"}
 
@@ -156,6 +158,15 @@ class TestPredict:
             (["--model", "tiny", "--class", "blue"], "classes: the model has no class 'blue'"),
             (["--model", "tiny", "--class", "256"], "classes: the model has class ids 0 to 255, got 256"),
             (["--model", "tiny", "--device", "tpu"], "device"),
+            (["--model", "tiny", "--every", "2"], "--every and --every-s have no effect: no source is a video"),
+            (["--model", "tiny", "--save", "csv"], "--save has no effect without --output"),
+            (["--model", "tiny", "--restart"], "--restart has no effect without --output"),
+            (["--model", "tiny", "--retry-failures"], "--retry-failures has no effect without --output"),
+            (["--model", "tiny", "--output", "o", "--save", "cvs"], "there is no such output; did you mean 'csv'?"),
+            (["--model", "tiny", "--output", "o", "--save", "yolo"], "yolo has no effect on classify, only on detect"),
+            (["--model", "tiny", "--output", "o", "--save", "video"], "no effect: no source is a video"),
+            (["--model", "tiny", "--output", "o", "--coco-ids", "x"], "--coco-ids has no effect without --save coco"),
+            (["--model", "tiny", "--max-failures", "x"], "--max-failures is a number of images or a percentage"),
         ],
     )
     def test_wrong_use_is_one_line_and_exit_code_2(self, manifest, photos, arguments, says):
@@ -173,7 +184,8 @@ class TestPredict:
         assert "no images in" in result.stderr
 
     def test_a_path_that_does_not_exist(self, tmp_path):
-        assert run("predict", tmp_path / "missing.jpg", "--task", "classify").exit_code == 2
+        result = run("predict", tmp_path / "missing.jpg", "--task", "classify")
+        assert (result.exit_code, result.stderr) == (2, f"error: {tmp_path / 'missing.jpg'} does not exist\n")
 
     def test_debug_lets_the_error_through(self, photos):
         try:
@@ -273,41 +285,13 @@ class TestOverrides:
             read_overrides([Task.DETECT, Task.SEGMENT], **chosen)
 
 
-class TestFiles:
-    def test_order_and_kinds(self, photos):
-        found = find_images([photos])
-        assert [str(file.name) for file in found] == ["a.png", "c.jpg", "deep/b.png"]
-        assert find_images([photos / "notes.txt"])[0].name == Path("notes.txt")  # named: taken at its word
-        assert len(find_images([photos, photos / "a.png"])) == 3
-
-    def test_names_never_clash_nor_leave_the_folder(self):
-        names = PictureNames()
-        files = [ImageFile(Path("x/a.png"), Path("a.png")), ImageFile(Path("y/a.jpg"), Path("a.jpg"))]
-        assert [str(names.name(file, "net", ".jpg")) for file in files] == ["a.net.jpg", "a.net-2.jpg"]
-        assert str(names.name(files[0], "../../net", ".jpg")) == "a.______net.jpg"
-
-
-class TestConcurrency:
-    @pytest.mark.parametrize("count", [0, 9])
-    def test_calls_run_side_by_side_and_come_back_in_order(self, count):
-        together = threading.Barrier(3, timeout=10)
-        files = [ImageFile(Path(str(i)), Path(str(i))) for i in range(count)]
-
-        def call(file):
-            together.wait()
-            return int(file.path.name)
-
-        outcomes = list(_in_order(call, files, 3))
-        assert outcomes == list(zip(files, range(count), strict=True))
-
-
 def result(prediction, **fields):
     return Result(prediction, (4, 6), "net", "2", Timings(batch_size=3), **fields)
 
 
 class TestOutput:
     def test_common_keys(self):
-        row = to_json(result(Detections.empty(), request_id="id-7"))
+        row = to_record(result(Detections.empty(), request_id="id-7"))
         assert list(row) == [
             "task",
             "model",
@@ -318,30 +302,32 @@ class TestOutput:
             "timings_ms",
             "request_id",
         ]
+        bare = to_record(result(Detections.empty(), request_id="id-7"), timings=False)
+        assert bare.keys() == row.keys() - {"timings_ms", "request_id"}
         assert (row["task"], row["model"], row["version"], row["height"], row["width"]) == ("detect", "net", "2", 4, 6)
         assert row["timings_ms"]["batch_size"] == 3
         assert row["detections"] == []
-        assert "request_id" not in to_json(result(Detections.empty()))
+        assert "request_id" not in to_record(result(Detections.empty()))
 
     def test_detections(self):
         boxes = np.array([[0.125, 1, 2, 3]], np.float32)
         found = result(Detections(boxes, np.array([1]), ("cat",), np.array([0.1], np.float32)))
         row = {"class_id": 1, "class_name": "cat", "score": 0.1, "box": [0.12, 1.0, 2.0, 3.0]}
-        assert json.loads(json.dumps(to_json(found)))["detections"] == [row]
+        assert json.loads(json.dumps(to_record(found)))["detections"] == [row]
         assert to_line(found) == "cat 0.10"
         assert to_line(result(Detections.empty())) == "nothing found"
 
     def test_classes(self):
         found = result(Classification(np.array([1]), ("cat",), np.array([0.5], np.float32)))
-        assert to_json(found)["classes"] == [{"class_id": 1, "class_name": "cat", "score": 0.5}]
+        assert to_record(found)["classes"] == [{"class_id": 1, "class_name": "cat", "score": 0.5}]
         none = result(Classification(np.empty(0, np.int64), (), np.empty(0, np.float32)))
-        assert to_json(none)["classes"] == []
+        assert to_record(none)["classes"] == []
         assert to_line(none) == "no class"
 
     def test_segments(self):
         class_map = np.full((4, 6), VOID, np.uint8)
         class_map[1:3, 2:5] = 1
-        row = json.loads(json.dumps(to_json(result(SegmentationMap(class_map, ("a", "b"))))))
+        row = json.loads(json.dumps(to_record(result(SegmentationMap(class_map, ("a", "b"))))))
         (segment,) = row["segments"]
         mask = segment.pop("mask")
         assert segment == {"class_id": 1, "class_name": "b", "area": 6, "box": [2, 1, 5, 3]}
@@ -350,12 +336,21 @@ class TestOutput:
 
     def test_images(self):
         found = result(TranslatedImage(np.zeros((8, 12, 3), np.uint8)))
-        assert to_json(found)["image"] == {"height": 8, "width": 12}
+        assert to_record(found)["image"] == {"height": 8, "width": 12}
         assert to_line(found) == "image of 12x8 pixels"
 
     def test_errors(self):
-        assert error_to_json(QueueFull("full", 1.0)) == {
+        assert error_to_record(QueueFull("full", 1.0)) == {
             "error": "QueueFull",
             "status": "RESOURCE_EXHAUSTED",
             "message": "full",
         }
+
+
+def test_choices_that_only_ray_can_honour_are_refused_without_it():
+    result = run("serve", "--max-replicas", 2)
+    assert result.exit_code == 2
+    assert "max_replicas: has an effect with --engine ray only" in result.stderr
+    wrong = run("serve", "--engine", "ray", "--min-replicas", 0)
+    assert wrong.exit_code == 2
+    assert "min_replicas" in wrong.stderr

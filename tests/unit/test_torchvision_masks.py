@@ -7,12 +7,12 @@ import pytest
 from pycocotools import mask as coco
 
 from vision_service.api.v1 import vision_pb2 as pb
-from vision_service.cli.output import to_json
 from vision_service.client import codec
 from vision_service.client import replies as reading
 from vision_service.errors import InvalidInput, VisionError
 from vision_service.imaging.draw import annotate
 from vision_service.imaging.masks import decode_rle, encode_rle
+from vision_service.records import to_record
 from vision_service.server import codec as server_codec
 from vision_service.server import replies as writing
 from vision_service.types import Detections, Result
@@ -95,10 +95,10 @@ def test_a_damaged_mask_is_refused(damage):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 def test_json_has_what_pycocotools_reads():
-    rows = to_json(result(with_masks()))["detections"]
+    rows = to_record(result(with_masks()))["detections"]
     for row, mask in zip(rows, masks(), strict=True):
         np.testing.assert_array_equal(coco.decode(row["mask"]), mask)
-    assert all("mask" not in row for row in to_json(result(detections()))["detections"])
+    assert all("mask" not in row for row in to_record(result(detections()))["detections"])
 
 
 def test_masks_are_drawn_inside_the_boxes():

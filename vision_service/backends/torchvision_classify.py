@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 from torchvision import models
 
+from vision_service.backends._classification import scores_to_classifications
 from vision_service.backends._options import read_options
 from vision_service.backends._outputs import check_finite
 from vision_service.backends._torchvision_load import load_library_weights
 from vision_service.backends.base import Backend
 from vision_service.config import ModelSpec
 from vision_service.errors import ConfigError, choices
-from vision_service.types import Classification, Float32Array, ImageMeta, Params, Prediction, Task
+from vision_service.types import ImageMeta, Params, Prediction, Task
 
 # These return a tuple with auxiliary logits while training; their checkpoints have tensors for them.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
@@ -88,13 +88,4 @@ class TorchvisionClassifier(Backend):
         """The likeliest classes; the probabilities are over all classes, whichever the call keeps."""
         (logits,) = outputs
         check_finite(logits)
-        scores = logits.float().softmax(dim=1).cpu().numpy()  # [N, C]
-        return [self._classification(row, chosen) for row, chosen in zip(scores, params, strict=True)]
-
-    def _classification(self, scores: Float32Array, params: Params) -> Classification:
-        class_ids = np.argsort(-scores, kind="stable")
-        if params.class_ids is not None:
-            class_ids = class_ids[np.isin(class_ids, list(params.class_ids))]
-        class_ids = class_ids[scores[class_ids] >= params.score_threshold][: params.top_k]
-        names = tuple(self.spec.classes[i] for i in class_ids)
-        return Classification(class_ids.astype(np.int64), names, np.clip(scores[class_ids], 0.0, 1.0))
+        return list(scores_to_classifications(logits.float().softmax(dim=1), params, self.spec.classes))

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from vision_service import __version__
-from vision_service.cli import add, client, models, predict, serve, weights
+from vision_service.cli import add, bench, client, evaluate, health, models, predict, serve, weights
 from vision_service.cli.failures import readable, show_tracebacks
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serve.serve,
     "predict": predict.predict,
     "client": client.client,
+    "evaluate": evaluate.evaluate,
+    "health": health.health,
+    "bench": bench.bench,
 }
 """Commands by name, in the order of ``--help``."""
 

@@ -1,46 +1,53 @@
-"""`vision-service client`: a server's models over files and folders."""
+"""`vision-service client`: a server's models over files, folders, lists, videos and buckets."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vision_service.cli import options
-from vision_service.errors import VisionError
-
-if TYPE_CHECKING:
-    from vision_service.cli.files import ImageFile
+from vision_service.cli import job, options
 
 Address = Annotated[str, typer.Option(help="host:port of the server.")]
 
 
 def client(
     task: Annotated[options.TaskWord, typer.Argument(help="What to do.")],
-    images: options.Images,
+    source: job.Sources = None,
     address: Address = "localhost:50051",
     model: Annotated[str, typer.Option(help="Model to ask; else the server's default.")] = "",
     version: Annotated[str, typer.Option(help="Version of that model; else the newest.")] = "",
-    output: options.Output = None,
+    list_file: job.ListFile = None,
+    every: job.Every = None,
+    every_s: job.EverySeconds = None,
+    output: job.Output = None,
+    save: job.Save = None,
+    coco_ids: job.CocoIds = None,
+    timings: job.Timings = False,
+    restart: job.Restart = False,
+    retry_failures: job.Retry = False,
+    max_failures: job.MaxFailures = None,
     top_k: options.TopK = None,
     score_threshold: options.ScoreThreshold = None,
     iou_threshold: options.IouThreshold = None,
     max_detections: options.MaxDetections = None,
     classes: options.Classes = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Calls under way at once.")] = 8,
+    in_flight: Annotated[
+        int, typer.Option("--in-flight", "--concurrency", min=1, help="Calls under way at once.")
+    ] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for a call, retries included.")] = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
     """Send images to a server.
 
-    An image that fails is listed at the end, with its reason, and does not stop the others; the exit code is then 1.
+    With --output, a job that was stopped goes on when the same command runs again. An image that fails is listed with
+    its reason and does not stop the others; the exit code is then 1.
     """
-    from vision_service.cli.files import find_images
-    from vision_service.cli.sink import ResultSink
     from vision_service.client import VisionClient
+    from vision_service.config.settings import ServerSettings
+    from vision_service.imaging.decode import DecodeLimits
+    from vision_service.jobs.outputs.kinds import Model
+    from vision_service.jobs.served import ServedModel
     from vision_service.types import Task
 
     overrides = options.read_overrides(
@@ -51,33 +58,30 @@ def client(
         max_detections=max_detections,
         classes=classes,
     )
-    files = find_images(images)
-    with (
-        VisionClient(address, timeout_s=timeout) as server,
-        ResultSink(output, as_json=as_json, total=len(files)) as sink,
-    ):
-        method = getattr(server, task)
-
-        def call(file: ImageFile) -> Any:
-            try:
-                return method(file.path, model=model, version=version, **options.chosen(overrides))
-            except VisionError as error:
-                return error
-
-        for file, outcome in _in_order(call, files, concurrency):
-            sink.add(file, outcome, model)
-
-
-def _in_order(
-    call: Callable[[ImageFile], Any], files: list[ImageFile], concurrency: int
-) -> Iterator[tuple[ImageFile, Any]]:
-    """Outcomes in the order of the files; few enough under way that memory stays bounded."""
-    flying: deque[tuple[ImageFile, Future[Any]]] = deque()
-    with ThreadPoolExecutor(concurrency) as pool:
-        for file in files:
-            if len(flying) >= 2 * concurrency:
-                first, outcome = flying.popleft()
-                yield first, outcome.result()
-            flying.append((file, pool.submit(call, file)))
-        for file, outcome in flying:
-            yield file, outcome.result()
+    choices = job.Choices(
+        source,
+        list_file,
+        every,
+        every_s,
+        output,
+        save,
+        coco_ids,
+        timings,
+        restart,
+        retry_failures,
+        max_failures,
+        as_json,
+    )
+    choices.check([Model(model, version, Task(task), ())])
+    settings = ServerSettings.read()
+    limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+    with VisionClient(address, timeout_s=timeout) as server:
+        served = ServedModel(
+            server, Task(task), model=model, version=version, overrides=overrides, in_flight=in_flight, limits=limits
+        )
+        models, fingerprint = [], ""
+        if output is not None:
+            info = served.pin()
+            models = [Model(info.name, info.version, info.task, info.class_names)]
+            fingerprint = served.fingerprint(info)
+        job.carry_out(choices, served, fingerprint, models, limits)

@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 
 TaskWord = Literal["classify", "detect", "segment", "translate"]
 
-Images = Annotated[
-    list[Path], typer.Argument(help="Image files, and folders that are searched for images.", exists=True)
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(help="Folder for annotated pictures, results.jsonl and failures.jsonl.", file_okay=False),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per image on stdout.")]
 TopK = Annotated[int | None, typer.Option(help="classify: at most so many classes.")]
 ScoreThreshold = Annotated[float | None, typer.Option(help="Lowest score, 0 to 1.")]
@@ -37,6 +30,12 @@ Runtime = Annotated[
     str | None, typer.Option(help="How models are executed: auto, torch, openvino, ...; see docs/runtimes.md.")
 ]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
+
+Engine = Annotated[Literal["local", "ray"], typer.Option(help="Where the work is done: in this process, or on Ray.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="ray: HOST:PORT of a cluster, or auto for the one on this machine; else one is started here."),
+]
 
 TAKES: dict[str, tuple[str, ...]] = {
     "classify": ("top_k", "score_threshold", "classes"),
@@ -85,3 +84,18 @@ def chosen(overrides: ParamOverrides) -> dict[str, Any]:
     """The values that are set."""
     values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_engine(engine: str, ray_options: dict[str, Any]) -> None:
+    """Refuse choices that only Ray can honour.
+
+    Args:
+        engine: which was chosen.
+        ray_options: by parameter name; those left out are ``None``.
+
+    Raises:
+        InvalidInput: names the first.
+    """
+    given = [name for name, value in ray_options.items() if value is not None]
+    if engine != "ray" and given:
+        raise InvalidInput(given[0], "has an effect with --engine ray only")

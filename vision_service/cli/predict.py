@@ -1,13 +1,13 @@
-"""`vision-service predict`: models in this process over files and folders."""
+"""`vision-service predict`: models in this process over files, folders, lists, videos and buckets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vision_service.cli import options
+from vision_service.cli import job, options
 from vision_service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,14 +15,29 @@ if TYPE_CHECKING:
 
 
 def predict(
-    images: options.Images,
+    source: job.Sources = None,
     task: Annotated[options.TaskWord | None, typer.Option(help="What to do, with the model that ships for it.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Model to run; repeat for several.")] = None,
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest of further models; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     runtime: options.Runtime = None,
     precision: options.Precision = None,
-    output: options.Output = None,
+    list_file: job.ListFile = None,
+    every: job.Every = None,
+    every_s: job.EverySeconds = None,
+    output: job.Output = None,
+    save: job.Save = None,
+    coco_ids: job.CocoIds = None,
+    timings: job.Timings = False,
+    restart: job.Restart = False,
+    retry_failures: job.Retry = False,
+    max_failures: job.MaxFailures = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Copies of the models side by side; 0: one a core, or one on a GPU.")
+    ] = 0,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Most images in one forward pass; above 1, last digits depend on neighbours.")
+    ] = 1,
     top_k: options.TopK = None,
     score_threshold: options.ScoreThreshold = None,
     iou_threshold: options.IouThreshold = None,
@@ -32,13 +47,14 @@ def predict(
 ) -> None:
     """Run models over images in this process; no server is needed.
 
-    An image that fails is listed at the end, with its reason, and does not stop the others; the exit code is then 1.
+    With --output, a job that was stopped goes on when the same command runs again. An image that fails is listed with
+    its reason and does not stop the others; the exit code is then 1.
     """
-    from vision_service.cli.files import find_images
     from vision_service.cli.progress import Downloads
-    from vision_service.cli.sink import ResultSink
     from vision_service.config.settings import ServerSettings
-    from vision_service.engine.build import local_pipeline, pull_missing
+    from vision_service.engine.build import pull_missing, resolve_specs
+    from vision_service.jobs.outputs.kinds import Model
+    from vision_service.jobs.predictor import Predictor
 
     specs = _specs(task, model or [], manifest or [])
     overrides = options.read_overrides(
@@ -49,31 +65,33 @@ def predict(
         max_detections=max_detections,
         classes=classes,
     )
-    for spec in specs.values():  # a class that a model does not have shows now, not once an image
+    for spec in specs.values():  # a class that a model does not have shows now, not once it is loaded
         overrides.resolve(spec.params, spec.classes)
-    files = find_images(images)
+    choices = job.Choices(
+        source,
+        list_file,
+        every,
+        every_s,
+        output,
+        save,
+        coco_ids,
+        timings,
+        restart,
+        retry_failures,
+        max_failures,
+        as_json,
+    )
+    models = [Model(spec.name, spec.version, spec.task, spec.classes) for spec in specs.values()]
+    choices.check(models)
+    chosen: dict[str, Any] = {
+        name: value for name, value in (("runtime", runtime), ("precision", precision)) if value is not None
+    }
+    settings = ServerSettings.read(models=tuple(specs), device=device, manifests=tuple(manifest or ()), **chosen)
+    resolved = resolve_specs(settings)
     with Downloads() as watcher:
-        pull_missing(list(specs.values()), ServerSettings.read(), watcher)
-    with (
-        local_pipeline(
-            list(specs),
-            device=device,
-            runtime=runtime,
-            precision=precision,
-            manifests=manifest or [],
-        ) as pipeline,
-        ResultSink(output, as_json=as_json, total=len(files) * len(specs)) as sink,
-    ):
-        for spec in specs.values():
-            outcomes = pipeline.predict_many(
-                (file.path for file in files),
-                task=spec.task,
-                model=spec.name,
-                version=spec.version,
-                overrides=overrides,
-            )
-            for file, outcome in zip(files, outcomes, strict=True):
-                sink.add(file, outcome, spec.name)
+        pull_missing(resolved, settings, watcher)
+    with Predictor(resolved, overrides, settings=settings, workers=workers, batch_size=batch) as predictor:
+        job.carry_out(choices, predictor, predictor.fingerprint, models, predictor.limits)
 
 
 def _specs(task: str | None, names: list[str], manifests: list[Path]) -> dict[str, ModelSpec]:

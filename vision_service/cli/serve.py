@@ -31,6 +31,12 @@ def serve(
     precision: options.Precision = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    min_replicas: Annotated[int | None, typer.Option(help="ray: at least so many replicas; 1.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="ray: at most so many replicas; 4.")] = None,
+    replica_cpus: Annotated[float | None, typer.Option(help="ray: cores of a replica; 1.")] = None,
+    replica_gpus: Annotated[float | None, typer.Option(help="ray: GPUs of a replica, or a share of one; 0.")] = None,
 ) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C, then drain.
 
@@ -60,7 +66,17 @@ def serve(
     }
     settings = ServerSettings.read(config, **{name: value for name, value in flags.items() if value is not None})
     set_up_logs(settings.log_level, settings.log_format)
+    ray = {
+        "ray_address": ray_address,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "cpus": replica_cpus,
+        "gpus": replica_gpus,
+    }
+    options.check_engine(engine, ray)
     _print_settings(settings)
+    if engine == "ray":
+        raise typer.Exit(_serve_on_ray(settings, ray))
     with Downloads() as watcher:
         pull_missing(resolve_specs(settings), settings, watcher)
     raise typer.Exit(asyncio.run(run(settings, on_ready=_print_ready)))
@@ -78,3 +94,17 @@ def _print_ready(server: VisionServer) -> None:
     import sys
 
     sys.stdout.flush()
+
+
+def _serve_on_ray(settings: ServerSettings, chosen: dict[str, Any]) -> int:
+    from vision_service.server import ray_serve
+
+    address = chosen.pop("ray_address") or ""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    models = ", ".join(settings.models)
+    return ray_serve.serve(
+        settings,
+        ray_serve.replica_options(settings, given),
+        address,
+        on_ready=lambda port: typer.echo(f"ready on port {port} of each Ray node with {models}"),
+    )

@@ -93,6 +93,8 @@ class PreprocessSpec(Spec):
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
         max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
+        exact_decode: decode large JPEGs whole. Otherwise those at least six times as large as the network needs are
+            decoded at a half, a quarter or an eighth, which takes about half the time.
     """
 
     resize: Resize
@@ -101,6 +103,7 @@ class PreprocessSpec(Spec):
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)
     max_pixels: Positive | None = None
+    exact_decode: bool = False
 
     @property
     def any_input_size(self) -> bool:
@@ -121,15 +124,19 @@ class BatchingSpec(Spec):
 
     Attributes:
         max_batch_size: most images in one forward pass.
-        max_delay_ms: how long the oldest waiting image may be held back to fill a batch while the device is idle.
-        max_queued_jobs: most images that wait; one more gets RESOURCE_EXHAUSTED.
+        max_delay_ms: how long the oldest waiting image may be held back to fill a batch while the device is idle;
+            ``None``: not at all, or as the objective allows where there is one.
+        max_queued_jobs: most images that wait, those being decoded included; one more gets RESOURCE_EXHAUSTED.
         max_queued_bytes: most bytes of preprocessed pixels that wait.
+        target_p99_ms: objective for the time from a call's decoded image to its answer. The largest batch, the delay
+            and the queue that keep it are chosen from what batches take, within the other limits; see docs/serving.md.
     """
 
     max_batch_size: Positive = 8
-    max_delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    max_delay_ms: Annotated[float, Field(ge=0)] | None = None
     max_queued_jobs: Positive = 256
     max_queued_bytes: Positive = 512 * 1024 * 1024
+    target_p99_ms: Annotated[float, Field(gt=0)] | None = None
 
 
 class FileSpec(Spec):
@@ -141,12 +148,14 @@ class FileSpec(Spec):
         sha256: of its content, lower-case hex, or the first 8 or more digits where its publisher names no more;
             empty when the publisher names none.
         size_bytes: how long it is, where that is known.
+        about_bytes: how long it is roughly, where its publisher names a rounded figure; for people, never compared.
     """
 
     file: str
     url: str = ""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""
     size_bytes: Positive | None = None
+    about_bytes: Positive | None = None
 
 
 class WeightsSpec(FileSpec):

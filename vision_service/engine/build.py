@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from vision_service.config import ModelSpec
 from vision_service.config.settings import EMBEDDED_MODELS, ServerSettings
 from vision_service.engine.catalog import Catalog
-from vision_service.engine.host import pick_device
+from vision_service.engine.loaded import pick_device
 from vision_service.engine.pipeline import Pipeline
-from vision_service.engine.threads import ThreadBudget, usable_cores
+from vision_service.engine.threads import ForwardGate, ThreadBudget, usable_cores
 from vision_service.errors import ConfigError, WeightsError, choices
 from vision_service.imaging.decode import DecodeLimits
 from vision_service.runtimes import Execution
@@ -123,7 +123,11 @@ def build_pipeline(settings: ServerSettings, specs: Sequence[ModelSpec]) -> Pipe
     )
     budget.apply()
     return Pipeline(
-        Catalog(settings.default_models, Execution(budget.runtime_threads, settings.compile_cache_dir)),
+        Catalog(
+            settings.default_models,
+            Execution(budget.runtime_threads, settings.compile_cache_dir),
+            ForwardGate(budget.passes),
+        ),
         decode_workers=budget.decode_workers,
         limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
         max_decoding_jobs=settings.max_decoding_jobs,

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from vision_service.engine.host import Answer, ModelHost
+from vision_service.engine.host import ModelHost
+from vision_service.engine.loaded import Answer
 from vision_service.engine.queue import Ride
 from vision_service.imaging.source import ImageInput
 from vision_service.types import Params, Prediction, Result, Timings

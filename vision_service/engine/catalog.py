@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from vision_service.config import ModelSpec
 from vision_service.engine.host import ModelHost
+from vision_service.engine.threads import ForwardGate
 from vision_service.errors import ConfigError, InvalidInput, ModelNotFound, ModelUnavailable, choices
 from vision_service.model_info import ModelInfo, ModelState
 from vision_service.runtimes import Execution
@@ -31,11 +32,18 @@ class Catalog:
         defaults: for a task, the model that answers calls that name none; a task left out has the model that was
             registered first.
         execution: what the process gives the models' runtimes.
+        cpu_gate: whose turn forward passes on the CPU wait for, all models together.
     """
 
-    def __init__(self, defaults: Mapping[Task, str] | None = None, execution: Execution | None = None) -> None:
+    def __init__(
+        self,
+        defaults: Mapping[Task, str] | None = None,
+        execution: Execution | None = None,
+        cpu_gate: ForwardGate | None = None,
+    ) -> None:
         self._defaults = dict(defaults or {})
         self._execution = execution
+        self._cpu_gate = cpu_gate or ForwardGate()
         self._lock = threading.Lock()
         self._changing = threading.Lock()  # one load, unload or close at a time
         self._closed = False
@@ -53,7 +61,7 @@ class Catalog:
         with self._changing:
             if self._closed:
                 raise ModelUnavailable(f"model {spec.name!r} is not loaded: the service is stopping")
-            host = ModelHost(spec, self._execution)
+            host = ModelHost(spec, self._execution, self._cpu_gate)
             with self._lock:
                 self._check_task(spec)
                 old = self._hosts.setdefault(spec.name, {}).setdefault(spec.version, host)

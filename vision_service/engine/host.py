@@ -7,85 +7,22 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import cast
+from contextlib import nullcontext
 
-import numpy as np
 import torch
 
 from vision_service.backends.base import Backend
-from vision_service.backends.table import create_backend
-from vision_service.config import ModelSpec, Native
+from vision_service.config import ModelSpec
 from vision_service.engine.batcher import Batcher
-from vision_service.engine.queue import BatchLimits, Ride
-from vision_service.errors import (
-    ConfigError,
-    DeviceOutOfMemory,
-    InferenceFailed,
-    ModelUnavailable,
-    QueueFull,
-    VisionError,
-)
-from vision_service.imaging.preprocess import content_hw, preprocess, stack
+from vision_service.engine.loaded import Answer, LoadedModel, Outcome, Prepared, pick_device
+from vision_service.engine.queue import Ride
+from vision_service.engine.threads import ForwardGate
+from vision_service.engine.tuning import Tuner
+from vision_service.errors import ConfigError, DeviceOutOfMemory, ModelUnavailable, QueueFull, VisionError
 from vision_service.model_info import ModelInfo, ModelState
-from vision_service.runtimes import (
-    Calibration,
-    Compiled,
-    Execution,
-    Forward,
-    Workload,
-    choose_precision,
-    compile_network,
-)
-from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
+from vision_service.runtimes import Execution, Forward
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An image ready for the network.
-
-    Attributes:
-        pixels: uint8 ``[h, w, 3]`` RGB of the network's input size.
-        meta: how to go back.
-        params: what the call chose.
-    """
-
-    pixels: UInt8Array
-    meta: ImageMeta
-    params: Params
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A prediction and what its batch cost.
-
-    Attributes:
-        prediction: in pixels of the original.
-        forward_ms: the network on the whole batch, transfers included.
-        postprocess_ms: outputs to predictions, for the whole batch.
-    """
-
-    prediction: Prediction
-    forward_ms: float
-    postprocess_ms: float
-
-
-def pick_device(wanted: str) -> torch.device:
-    """A device by its name in a spec; ``auto`` is the first GPU, else the CPU.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if wanted == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device {wanted}: torch sees {count} CUDA devices here; use auto or cpu")
-    return device
 
 
 class ModelHost:
@@ -96,21 +33,27 @@ class ModelHost:
     Args:
         spec: the model.
         execution: what the process gives its runtimes.
+        cpu_gate: whose turn a forward pass on the CPU waits for; ``None``: none of its own.
     """
 
-    def __init__(self, spec: ModelSpec, execution: Execution | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, execution: Execution | None = None, cpu_gate: ForwardGate | None = None
+    ) -> None:
         self.spec = spec
         self._execution = execution
+        self._cpu_gate = cpu_gate
         self._state = ModelState.LOADING
         self._state_reason = ""
         self._state_lock = threading.Lock()
         self._admitted = 0
+        self._coming = 0  # admitted and not yet queued
         self._empty = threading.Condition(self._state_lock)
-        self._backend: Backend | None = None
-        self._forward: Forward | None = None
+        self._model: LoadedModel | None = None
+        self._tuner: Tuner | None = None
         self._batcher: Batcher[Prepared, Answer] | None = None
-        self._device: torch.device | None = None
-        self._compiled: Compiled | None = None
+        # What is known of it stays known once it is freed.
+        self._device = spec.device
+        self._execution_names = {"runtime": str(spec.runtime), "precision": str(spec.precision), "runtime_reason": ""}
 
     @property
     def state(self) -> ModelState:
@@ -121,6 +64,24 @@ class ModelHost:
     def label(self) -> str:
         """Name and version, for messages."""
         return f"{self.spec.name}:{self.spec.version}"
+
+    @property
+    def forward(self) -> Forward:
+        """The network alone, for those who measure it; everyone else calls `submit`.
+
+        Raises:
+            ModelUnavailable: not loaded.
+        """
+        if self._model is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        return self._model.compiled.forward
+
+    @property
+    def backend(self) -> Backend:
+        """What reads the network's outputs, for those who measure it. Errors as in `forward`."""
+        if self._model is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        return self._model.backend
 
     def load(self) -> None:
         """Build, load weights, compile, warm up. Blocks; on failure everything is freed.
@@ -138,15 +99,6 @@ class ModelHost:
             if isinstance(error, VisionError):
                 raise
             raise ConfigError(f"model {self.label} could not be loaded: {reason}") from error
-        limits = self.spec.batching
-        self._batcher = Batcher(
-            self._execute,
-            BatchLimits(
-                limits.max_batch_size, limits.max_delay_ms / 1000, limits.max_queued_jobs, limits.max_queued_bytes
-            ),
-            name=f"model {self.label}",
-            expected=(DeviceOutOfMemory,),
-        )
         self._state = ModelState.READY
         logger.info("model %s is ready on %s after %.1f s", self.label, self._device, time.monotonic() - started_s)
 
@@ -163,7 +115,7 @@ class ModelHost:
             if self._state is not ModelState.READY or self._batcher is None:
                 why = f" ({self._state_reason})" if self._state_reason else ""
                 raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
-            self._batcher.check_room()
+            self._batcher.check_room(self._coming)
             batching = self.spec.batching
             most = batching.max_queued_jobs + 4 * batching.max_batch_size
             if self._admitted >= most:  # decoding, running and being written included
@@ -173,6 +125,12 @@ class ModelHost:
                     retry_after_s=0.1,
                 )
             self._admitted += 1
+            self._coming += 1
+
+    def not_coming(self) -> None:
+        """A call that was let in will not `submit`: its image could not be prepared, or it was cancelled."""
+        with self._state_lock:
+            self._coming -= 1
 
     def release(self) -> None:
         """A call that was let in has its answer."""
@@ -182,7 +140,7 @@ class ModelHost:
                 self._empty.notify_all()
 
     def submit(self, prepared: Prepared, deadline_s: float | None = None) -> Future[Ride[Answer]]:
-        """Queue an image.
+        """Queue the image of a call that was let in.
 
         Args:
             prepared: from `preprocess` with this model's spec.
@@ -193,9 +151,11 @@ class ModelHost:
             QueueFull: the queue is full.
             DeadlineExceeded: the deadline has passed.
         """
-        if self._batcher is None:
+        self.not_coming()  # the queue counts it from here on
+        model = self._model
+        if self._batcher is None or model is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")
-        key = None if self._backend is not None and self._backend.mixes_sizes else prepared.pixels.shape
+        key = None if model.backend.mixes_sizes else prepared.pixels.shape
         return self._batcher.submit(prepared, key=key, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
@@ -221,7 +181,8 @@ class ModelHost:
         Args:
             is_default: whether calls that name no model come here.
         """
-        spec = self.spec
+        spec, tuner = self.spec, self._tuner
+        limits = tuner.choice.limits if tuner is not None else None
         return ModelInfo(
             name=spec.name,
             version=spec.version,
@@ -230,87 +191,72 @@ class ModelHost:
             state_reason=self._state_reason,
             is_default=is_default,
             backend=spec.backend,
-            device=str(self._device or spec.device),
-            runtime=self._compiled.runtime if self._compiled is not None else spec.runtime,
-            runtime_reason=self._compiled.reason if self._compiled is not None else "",
-            precision=self._compiled.precision if self._compiled is not None else spec.precision,
+            device=self._device,
+            **self._execution_names,
             licence=spec.weights.licence if spec.weights is not None else "",
             source=spec.weights.source if spec.weights is not None else "",
             class_names=spec.classes,
             preprocess_json=spec.preprocess.model_dump_json(),
-            max_batch_size=spec.batching.max_batch_size,
-            max_queued_jobs=spec.batching.max_queued_jobs,
+            max_batch_size=limits.max_batch_size if limits is not None else spec.batching.max_batch_size,
+            max_queued_jobs=limits.max_queued_jobs if limits is not None else spec.batching.max_queued_jobs,
             queued_jobs=self._batcher.queued_jobs if self._batcher is not None else 0,
+            latency_curve=tuner.curve.points if tuner is not None else (),
+            max_delay_ms=1000 * limits.max_delay_s if limits is not None else spec.batching.max_delay_ms or 0.0,
+            target_p99_ms=spec.batching.target_p99_ms,
+            answer_within_ms=tuner.choice.within_ms if tuner is not None else 0.0,
         )
 
     def _load(self) -> None:
-        spec = self.spec
-        self._device = pick_device(spec.device)
-        self._backend = create_backend(spec)
-        network = self._backend.build()
-        example = self._example()
-        self._compiled = compile_network(
-            network,
-            Workload(
-                torch.from_numpy(example.pixels).unsqueeze(0),
-                max_batch_size=spec.batching.max_batch_size,
-                any_size=spec.preprocess.any_input_size,
-                described=spec.model_dump_json(include={"backend", "options", "preprocess", "classes"}),
-                calibration=Calibration(spec.calibration_folder, spec.preprocess) if spec.calibration_folder else None,
-            ),
-            runtime=spec.runtime,
-            precision=choose_precision(spec.precision, self._device),
-            device=self._device,
-            execution=self._execution,
-            own_runtime=self._backend.own_runtime,
+        device = pick_device(self.spec.device)
+        self._model = model = LoadedModel(self.spec, device, self._execution)
+        compiled = model.compiled
+        self._device = str(device)
+        self._execution_names = {
+            "runtime": compiled.runtime,
+            "precision": compiled.precision,
+            "runtime_reason": compiled.reason,
+        }
+        logger.info("model %s: %s", self.label, compiled)
+        gate = self._cpu_gate if device.type == "cpu" else None
+        with gate or nullcontext():  # other models go on answering, in turns with this one
+            self._tuner = Tuner(self.spec.batching, model.warm_up())
+        self._warn_if_not_kept(self._tuner)
+        self._batcher = Batcher(
+            self._forward,
+            self._tuner.choice.limits,
+            name=f"model {self.label}",
+            expected=(DeviceOutOfMemory,),
+            finish=self._answers,
+            gate=gate,
         )
-        self._forward = self._compiled.forward
-        logger.info("model %s: %s", self.label, self._compiled)
-        size = 1
-        while size < 2 * spec.batching.max_batch_size:
-            self._execute([example] * min(size, spec.batching.max_batch_size))
-            size *= 2
 
-    def _example(self) -> Prepared:
-        """A grey image, prepared as callers' images will be."""
-        hw = (64, 64) if isinstance(self.spec.preprocess.resize, Native) else (480, 640)
-        pixels, meta = preprocess(np.full((*hw, 3), 127, np.uint8), self.spec.preprocess)
-        return Prepared(pixels, meta, self.spec.params)
+    def _forward(self, batch: Sequence[Prepared]) -> Outcome:
+        """The first stage of a batch."""
+        assert self._model is not None, "set by load()"
+        return self._model.forward(batch)
 
-    def _execute(self, batch: Sequence[Prepared]) -> list[Answer]:
-        """One forward pass. Runs on the batcher's thread (and once on the loader's, for warm-up)."""
-        assert self._forward is not None, "set by load()"
-        assert self._backend is not None, "set by load()"
-        started_s = time.perf_counter()
-        sizes_hw = torch.tensor([content_hw(item.meta) for item in batch])
-        outputs = self._forward(torch.from_numpy(stack([item.pixels for item in batch])), sizes_hw)
-        forward_s = time.perf_counter()
-        with torch.inference_mode():
-            predictions = self._backend.postprocess(
-                outputs, [item.meta for item in batch], [item.params for item in batch]
+    def _answers(self, batch: Sequence[Prepared], outcome: Outcome, start: int) -> list[Answer]:
+        """The second stage of a batch, and what is learnt of it."""
+        assert self._model is not None, "set by load()"
+        answers = self._model.answers(batch, outcome, start)
+        took_ms = answers[0].forward_ms + answers[0].postprocess_ms
+        if self._tuner is not None and self._batcher is not None and self._tuner.observe(len(batch), took_ms):
+            self._batcher.set_limits(self._tuner.choice.limits)
+            self._warn_if_not_kept(self._tuner)
+        return answers
+
+    def _warn_if_not_kept(self, tuner: Tuner) -> None:
+        if not tuner.choice.kept:
+            logger.warning(
+                "model %s: target_p99_ms %g cannot be kept: a call that comes while another one runs has its answer "
+                "after %.1f ms; raise the target to that, or use a faster runtime or precision",
+                self.label,
+                self.spec.batching.target_p99_ms,
+                tuner.choice.within_ms,
             )
-        self._check(predictions, len(batch))
-        done_s = time.perf_counter()
-        forward_ms, postprocess_ms = 1000 * (forward_s - started_s), 1000 * (done_s - forward_s)
-        return [Answer(prediction, forward_ms, postprocess_ms) for prediction in predictions]
-
-    def _check(self, predictions: Sequence[Prediction], expected: int) -> None:
-        """Hold the backend to its contract: list in, list out, of its task's type."""
-        if len(predictions) != expected:
-            raise InferenceFailed(
-                f"backend {self.spec.backend} made {len(predictions)} predictions of {expected} images"
-            )
-        wanted = PREDICTION_OF_TASK[self.spec.task]
-        for prediction in predictions:
-            if not isinstance(cast(object, prediction), wanted):
-                raise InferenceFailed(
-                    f"backend {self.spec.backend} made a {type(prediction).__name__}, a {self.spec.task} model makes "
-                    f"{wanted.__name__}"
-                )
 
     def _free(self) -> None:
-        was_on_gpu = self._device is not None and self._device.type == "cuda"
-        self._forward = None
-        self._backend = None
-        if was_on_gpu:
+        model, self._model = self._model, None
+        if model is not None and model.device.type == "cuda":
+            del model
             torch.cuda.empty_cache()

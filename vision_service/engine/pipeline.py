@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from vision_service.config import PreprocessSpec
 from vision_service.engine.admission import Admission
 from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog
-from vision_service.engine.host import Answer, ModelHost, Prepared
+from vision_service.engine.host import ModelHost
+from vision_service.engine.loaded import Answer, Prepared
 from vision_service.engine.queue import Ride
 from vision_service.errors import (
     DeadlineExceeded,
@@ -25,7 +27,7 @@ from vision_service.errors import (
     QueueFull,
     VisionError,
 )
-from vision_service.imaging.decode import DecodeLimits, decode_image, from_array, from_raw
+from vision_service.imaging.decode import DecodeLimits, decode_for, from_array, from_raw
 from vision_service.imaging.preprocess import preprocess
 from vision_service.imaging.source import ImageInput, RawPixels
 from vision_service.types import ParamOverrides, Result, Task, UInt8Array
@@ -199,30 +201,39 @@ class Pipeline:
 
     def _prepare(self, call: Call) -> None:
         """Decode and preprocess on a worker, then queue. Every way out answers the call."""
+        prepared: Prepared | None = None
         try:
-            if call.result.cancelled():
-                return
-            if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
-                raise DeadlineExceeded("the deadline passed before the image was decoded")
-            started_s = time.perf_counter()
-            image = self._decode(call.image)
-            decoded_s = time.perf_counter()
-            pixels, meta = preprocess(image, call.host.spec.preprocess)
-            done_s = time.perf_counter()
-            call.decode_ms = 1000 * (decoded_s - started_s)
-            call.preprocess_ms = 1000 * (done_s - decoded_s)
-            call.original_hw = meta.original_hw
-            call.drop_image()
-            riding = call.host.submit(Prepared(pixels, meta, call.params), call.deadline_s)
+            prepared = self._prepared(call)
+        except Exception as error:
+            call.fail(_as_ours(error, "the image could not be prepared"))
+        if prepared is None:
+            call.host.not_coming()
+            return
+        try:
+            riding = call.host.submit(prepared, call.deadline_s)
         except VisionError as error:
             call.fail(error)
-        except Exception as error:
-            failure = InferenceFailed(f"the image could not be prepared ({type(error).__name__}); the log says more")
-            failure.__cause__ = error
-            call.fail(failure)
         else:
             riding.add_done_callback(lambda ride: self._arrive(call, ride))
             call.result.add_done_callback(lambda result: riding.cancel() if result.cancelled() else None)
+
+    def _prepared(self, call: Call) -> Prepared | None:
+        """A call's image, ready for its model; ``None`` when its caller has gone."""
+        if call.result.cancelled():
+            return None
+        if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
+            raise DeadlineExceeded("the deadline passed before the image was decoded")
+        started_s = time.perf_counter()
+        spec = call.host.spec.preprocess
+        image, original_hw = self._decode(call.image, spec)
+        decoded_s = time.perf_counter()
+        pixels, meta = preprocess(image, spec, original_hw)
+        done_s = time.perf_counter()
+        call.decode_ms = 1000 * (decoded_s - started_s)
+        call.preprocess_ms = 1000 * (done_s - decoded_s)
+        call.original_hw = meta.original_hw
+        call.drop_image()
+        return Prepared(pixels, meta, call.params)
 
     def _arrive(self, call: Call, ride: Future[Ride[Answer]]) -> None:
         """Answer a call with what the batcher made of it. Runs on the model's thread, so it only passes work on."""
@@ -244,30 +255,41 @@ class Pipeline:
             if call.deadline_s is not None and time.monotonic() >= call.deadline_s:
                 raise DeadlineExceeded("the deadline passed before the answer was written")
             done = call.finish(result)
-        except VisionError as error:
-            call.fail(error)
         except Exception as error:
-            failure = InferenceFailed(f"the answer could not be written ({type(error).__name__}); the log says more")
-            failure.__cause__ = error
-            call.fail(failure)
+            call.fail(_as_ours(error, "the answer could not be written"))
         else:
             call.succeed(done)
 
-    def _decode(self, image: ImageInput) -> UInt8Array:
+    def _decode(self, image: ImageInput, spec: PreprocessSpec) -> tuple[UInt8Array, tuple[int, int]]:
+        """Pixels, of a large JPEG no more than the model needs, and the size that they have unscaled."""
         if isinstance(image, bytes):
-            return decode_image(image, self._limits)
+            return decode_for(image, spec, self._limits)
         if isinstance(image, RawPixels):
-            return from_raw(image.data, image.height, image.width, image.channels, image.color_order, self._limits)
-        if isinstance(image, np.ndarray):
-            return from_array(image)
-        path = Path(image)
-        try:
-            size = path.stat().st_size
-            if size > self._limits.max_bytes:
-                raise InvalidImage(f"{path} has {size} bytes, the limit is {self._limits.max_bytes}")
-            return decode_image(path.read_bytes(), self._limits)
-        except OSError as error:
-            raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
+            pixels = from_raw(image.data, image.height, image.width, image.channels, image.color_order, self._limits)
+        elif isinstance(image, np.ndarray):
+            pixels = from_array(image)
+        else:
+            return decode_for(_read(Path(image), self._limits), spec, self._limits)
+        return pixels, (pixels.shape[0], pixels.shape[1])
+
+
+def _read(path: Path, limits: DecodeLimits) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > limits.max_bytes:
+            raise InvalidImage(f"{path} has {size} bytes, the limit is {limits.max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _as_ours(error: Exception, what: str) -> VisionError:
+    """An error that a caller may see: what nobody foresaw keeps its text for the log."""
+    if isinstance(error, VisionError):
+        return error
+    failure = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
+    failure.__cause__ = error
+    return failure
 
 
 def _outcome(future: Future[Result[Any]]) -> Result[Any] | VisionError:

@@ -77,11 +77,11 @@ class JobQueue(Generic[T, R]):
     """Waiting jobs, the oldest first within a key.
 
     Args:
-        limits: of the batches taken from it and of the queue itself.
+        limits: of the batches taken from it and of the queue itself; may be replaced at any time.
     """
 
     def __init__(self, limits: BatchLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._by_key: dict[Hashable, OrderedDict[int, Job[T, R]]] = {}
         self._jobs = 0
         self._bytes = 0
@@ -93,12 +93,12 @@ class JobQueue(Generic[T, R]):
         for jobs in self._by_key.values():
             yield from jobs.values()
 
-    def why_full(self, nbytes: int) -> str | None:
-        """What forbids one more job of that many bytes; ``None`` when there is room."""
-        if self._jobs >= self._limits.max_queued_jobs:
-            return f"{self._jobs} calls are waiting and the limit is {self._limits.max_queued_jobs}"
-        if self._jobs and self._bytes + nbytes > self._limits.max_queued_bytes:
-            return f"{self._bytes} bytes are waiting and the limit is {self._limits.max_queued_bytes}"
+    def why_full(self, nbytes: int, coming: int = 0) -> str | None:
+        """What forbids one more job of that many bytes, besides those that are coming; ``None`` when there is room."""
+        if self._jobs + coming >= self.limits.max_queued_jobs:
+            return f"{self._jobs + coming} calls are waiting and the limit is {self.limits.max_queued_jobs}"
+        if self._jobs and self._bytes + nbytes > self.limits.max_queued_bytes:
+            return f"{self._bytes} bytes are waiting and the limit is {self.limits.max_queued_bytes}"
         return None
 
     def add(self, job: Job[T, R]) -> None:
@@ -149,12 +149,12 @@ class JobQueue(Generic[T, R]):
         best: tuple[float, float, Hashable] = (FOREVER_S, FOREVER_S, None)
         for key, jobs in self._by_key.items():
             queued_s = next(iter(jobs.values())).queued_s
-            at_once = hurry or len(jobs) >= self._limits.max_batch_size
-            due_s = now_s if at_once else max(now_s, queued_s + self._limits.max_delay_s)
+            at_once = hurry or len(jobs) >= self.limits.max_batch_size
+            due_s = now_s if at_once else max(now_s, queued_s + self.limits.max_delay_s)
             if (due_s, queued_s) < best[:2]:
                 best = (due_s, queued_s, key)
         return best[2], best[0]
 
     def take(self, key: Hashable) -> list[Job[T, R]]:
         """Take out a batch: the oldest jobs of a key."""
-        return self.remove(list(islice(self._by_key[key].values(), self._limits.max_batch_size)))
+        return self.remove(list(islice(self._by_key[key].values(), self.limits.max_batch_size)))

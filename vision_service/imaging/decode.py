@@ -16,13 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from vision_service.config import PreprocessSpec
 from vision_service.errors import InvalidImage
+from vision_service.imaging import geometry
 from vision_service.imaging.headers import ImageHeader, read_header
 from vision_service.types import UInt8Array
 
-__all__ = ["DecodeLimits", "ImageHeader", "decode_image", "from_array", "from_raw", "read_header"]
+__all__ = ["DecodeLimits", "ImageHeader", "decode_for", "decode_image", "from_array", "from_raw", "read_header"]
 
 _READ_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # from OpenCV 4.11 on
+_READ_BGR = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +69,33 @@ def decode_image(data: bytes, limits: DecodeLimits | None = None) -> UInt8Array:
     Raises:
         InvalidImage: too large, not of an accepted format, truncated or damaged.
     """
-    limits = limits or DecodeLimits()
-    if len(data) > limits.max_bytes:
-        raise InvalidImage(
-            f"a file of {len(data)} bytes; at most {limits.max_bytes} are accepted: scale it down or compress it more"
-        )
-    header = read_header(data)
-    _check_pixels(header.height, header.width, limits)
-    image = _decode_pillow(data, header) if header.needs_pillow else _decode_opencv(data, header)
-    if image.shape[:2] not in ((header.height, header.width), (header.width, header.height)):
-        raise InvalidImage(f"damaged {header.format} file: its header and its picture differ in size")
-    return image
+    return _decode(data, _checked_header(data, limits or DecodeLimits()), 1)
+
+
+def decode_for(
+    data: bytes, spec: PreprocessSpec, limits: DecodeLimits | None = None
+) -> tuple[UInt8Array, tuple[int, int]]:
+    """The picture in an image file, no larger than a model needs it: a large JPEG at a half, a quarter or an eighth.
+
+    The scaled picture is at least `geometry.OVERSAMPLING` times as large as its place in the network's input.
+
+    Args:
+        data: content of the file.
+        spec: of the model; with ``exact_decode`` every file is decoded whole.
+        limits: as in `decode_image`; they hold for the size that the file has.
+
+    Returns:
+        The picture, as `decode_image` returns it, and the height and width that it has unscaled, upright.
+
+    Raises:
+        InvalidImage: as in `decode_image`.
+    """
+    header = _checked_header(data, limits or DecodeLimits())
+    factor = 1
+    if header.format == "JPEG" and not (header.needs_pillow or spec.exact_decode):
+        factor = geometry.reduction(spec.resize, header.height, header.width)
+    image = _decode(data, header, factor)
+    return image, (image.shape[0] * factor, image.shape[1] * factor)
 
 
 def from_raw(
@@ -159,11 +183,32 @@ def _check_pixels(height: int, width: int, limits: DecodeLimits, field: str = "i
         )
 
 
-def _decode_opencv(data: bytes, header: ImageHeader) -> UInt8Array:
+def _checked_header(data: bytes, limits: DecodeLimits) -> ImageHeader:
+    if len(data) > limits.max_bytes:
+        raise InvalidImage(
+            f"a file of {len(data)} bytes; at most {limits.max_bytes} are accepted: scale it down or compress it more"
+        )
+    header = read_header(data)
+    _check_pixels(header.height, header.width, limits)
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, factor: int) -> UInt8Array:
+    """The picture, its sides divided by a factor, which they are a multiple of."""
+    image = _decode_pillow(data, header) if header.needs_pillow else _decode_opencv(data, header, factor)
+    height, width = header.height // factor, header.width // factor
+    if image.shape[:2] not in ((height, width), (width, height)):
+        raise InvalidImage(f"damaged {header.format} file: its header and its picture differ in size")
+    return image
+
+
+def _decode_opencv(data: bytes, header: ImageHeader, factor: int) -> UInt8Array:
     buffer = np.frombuffer(data, np.uint8)
+    in_rgb = _READ_RGB is not None and factor == 1
+    flag = _READ_RGB if _READ_RGB is not None and in_rgb else _READ_BGR[factor]
     try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR if _READ_RGB is None else _READ_RGB)
-        if image is not None and _READ_RGB is None:
+        image = cv2.imdecode(buffer, flag)
+        if image is not None and not in_rgb:
             image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     except cv2.error:
         image = None

@@ -124,3 +124,35 @@ def _plan_shortest_side_crop(resize: ShortestSideCrop, height: int, width: int) 
 def _center_offset(size: int, crop: int) -> int:
     """Where a centred side lies in its crop, rounded as torchvision's ``center_crop`` does."""
     return (crop - size) // 2 if crop > size else -round((size - crop) / 2.0)
+
+
+OVERSAMPLING = 3.0
+"""How many times as large as its place in the input a picture must stay when a JPEG is decoded at a smaller scale."""
+
+REDUCTIONS = (8, 4, 2)
+"""What decoders can divide the sides of a JPEG by at no cost: they leave high frequencies of its 8 x 8 blocks out."""
+
+
+def reduction(resize: Resize, height: int, width: int) -> int:
+    """By how much a picture's sides may be divided before it is resized, without that being seen in the input.
+
+    Args:
+        resize: the geometry.
+        height: of the picture as stored; EXIF orientation may exchange the two.
+        width: likewise.
+
+    Returns:
+        8, 4, 2, or 1: not at all.
+    """
+    for factor in REDUCTIONS:
+        if all(_stays_large(plan(resize, *size_hw), size_hw, factor) for size_hw in ((height, width), (width, height))):
+            return factor
+    return 1
+
+
+def _stays_large(planned: Plan, size_hw: Size, factor: int) -> bool:
+    # A rest would be rounded up and shift the picture. What is cut out of a very long one is cut in its own pixels.
+    exact = planned.window_hw == size_hw and all(side % factor == 0 for side in size_hw)
+    return exact and all(
+        side >= OVERSAMPLING * factor * resized for side, resized in zip(size_hw, planned.resized_hw, strict=True)
+    )

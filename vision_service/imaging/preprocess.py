@@ -27,48 +27,55 @@ _CHANNELS_AT_ONCE = 64
 """OpenCV has a limit of 128 or 512 channels, depending on its version."""
 
 
-def preprocess(image: UInt8Array, spec: PreprocessSpec) -> tuple[UInt8Array, ImageMeta]:
+def preprocess(
+    image: UInt8Array, spec: PreprocessSpec, original_hw: Size | None = None
+) -> tuple[UInt8Array, ImageMeta]:
     """An image as the network's input.
 
     Args:
-        image: uint8 ``[H, W, 3]`` RGB, as `decode_image` returns it.
+        image: uint8 ``[H, W, 3]`` RGB, as `decode_image` or `decode_for` returns it.
         spec: geometry and interpolation; mean, std and colour order are applied later, on the device.
+        original_hw: what `decode_for` says of an image that it may have scaled; ``None``: it was not.
 
     Returns:
         The input, uint8 ``[h, w, 3]`` RGB, C-contiguous (it may share memory with ``image`` when nothing had to be
-        done), and how to go back; ``[h, w]`` is the meta's ``input_hw``.
+        done), and how to go back to the original; ``[h, w]`` is the meta's ``input_hw``.
 
     Raises:
         InvalidImage: the image has more pixels than the spec allows.
     """
-    height, width = image.shape[:2]
+    height, width = original_hw or image.shape[:2]
     if spec.max_pixels is not None and height * width > spec.max_pixels:
         raise InvalidImage(
             f"{width} x {height} is {height * width} pixels; this model takes at most {spec.max_pixels}: "
             "send a smaller image"
         )
     plan = geometry.plan(spec.resize, height, width)
-    (top, left), (window_height, window_width) = plan.window_yx, plan.window_hw
+    factor = height // image.shape[0]
+    top, left = (start // factor for start in plan.window_yx)
+    window_height, window_width = (side // factor for side in plan.window_hw)
     window = np.ascontiguousarray(image[top : top + window_height, left : left + window_width])
     resized = _resize(window, plan.resized_hw, spec.interpolation)
     return _place(resized, plan), plan.meta((height, width))
 
 
-def stack(inputs: Sequence[UInt8Array]) -> UInt8Array:
+def stack(inputs: Sequence[UInt8Array], batch: UInt8Array | None = None) -> UInt8Array:
     """Inputs as one batch; smaller ones are padded right and bottom with black.
 
     Args:
         inputs: N of uint8 ``[h, w, 3]``.
+        batch: where to put them, uint8 ``[N, H, W, 3]`` of the largest height and width; ``None``: into new memory.
 
     Returns:
-        uint8 ``[N, h, w, 3]`` of the largest height and the largest width.
+        The batch.
     """
-    if len({pixels.shape for pixels in inputs}) == 1:
-        return np.stack(inputs)
-    height, width = (max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1))
-    batch = np.zeros((len(inputs), height, width, 3), np.uint8)
+    if batch is None:
+        batch = np.empty((len(inputs), *(max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1)), 3), np.uint8)
     for row, pixels in zip(batch, inputs, strict=True):
-        row[: pixels.shape[0], : pixels.shape[1]] = pixels
+        height, width = pixels.shape[:2]
+        row[:height, :width] = pixels
+        row[height:] = 0
+        row[:height, width:] = 0
     return batch
 
 

@@ -80,7 +80,7 @@ def compile_network(
             forward = candidate.compile(network, work, precision)
         except ConfigError as error:
             if isinstance(error, CannotCompile):
-                logger.warning("runtime %s cannot take the network, another is tried: %s", name, error)
+                logger.warning("runtime %s cannot take the network, another is tried: %s", name, str(error))
             refusals.append(f"not {name}: {error}")
             continue
         return Compiled(forward, name, precision, "; ".join((f"auto on {device.type}", *refusals)))

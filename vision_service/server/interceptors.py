@@ -66,7 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._active += 1
             self._idle.clear()
             try:
-                return await _observed(inner, request, context, method)
+                return await observed(inner, request, context, method)
             finally:
                 self._active -= 1
                 if self._active == 0:
@@ -92,12 +92,23 @@ async def _abort(
         raise asyncio.CancelledError from None
 
 
-async def _observed(
+async def observed(
     inner: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]],
     request: Any,
     context: grpc.aio.ServicerContext,
     method: str,
 ) -> Any:
+    """Run a servicer's method: with a request id, its line in the log, and its errors as statuses.
+
+    Args:
+        inner: the method.
+        request: its request.
+        context: gRPC's, or what stands for it where a proxy has taken the call.
+        method: its name, for the log.
+
+    Raises:
+        grpc.aio.AbortError: the call was ended with a status.
+    """
     request_id = request_id_of(context.invocation_metadata())
     started_s = time.perf_counter()
     status = "OK"

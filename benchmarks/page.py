@@ -1,0 +1,296 @@
+"""Write the measured parts of docs/performance.md and its chart from benchmarks/results; say what is met and missed.
+
+    python benchmarks/page.py [--results FOLDER] [--print]
+
+What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in the page is replaced; the rest is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vision_service.bench.report import Flow, ModelReport, Report
+from vision_service.bench.stats import Percentiles, Spread
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+CHART = ROOT / "docs" / "images" / "performance.svg"
+NAMES = {"mobilenet_v2": "MobileNetV2", "resnet50": "ResNet-50", "nanodet_g": "NanoDet-g"}
+SYSTEMS = {
+    "vision-service": "vision-service",
+    "loop": "bare loop",
+    "mosec": "mosec",
+    "litserve": "LitServe",
+    "ray": "Ray Serve",
+}
+ROWS = {"eager:fp32": "eager torch", "openvino:fp32": "OpenVINO fp32", "openvino:bf16": "OpenVINO bf16"}
+PEERS = ("mosec", "litserve", "ray")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A requirement.
+
+    Attributes:
+        text: what is required.
+        value: what was measured, as text.
+        met: whether that is enough.
+        note: what else was measured.
+    """
+
+    text: str
+    value: str
+    met: bool
+    note: str = ""
+
+
+def main() -> None:
+    """Read results, write page and chart, print verdicts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--print", action="store_true", help="leave the page as it is")
+    arguments = parser.parse_args()
+    reports = [Report.read(path) for path in sorted(arguments.results.glob("models*.json"))]
+    models = [model for report in reports for model in report.models]
+    rows = (_load(arguments.results / "peers.json") or {"rows": []})["rows"]
+    soak = _load(arguments.results / "soak.json")
+    verdicts = [*_own_verdicts(models), *_peer_verdicts(rows), *_soak_verdicts(soak)]
+    for one in verdicts:
+        print(f"{'met   ' if one.met else 'MISSED'}  {one.text}: {one.value}" + (f" ({one.note})" if one.note else ""))
+    if not arguments.print:
+        _write(reports, models, rows, verdicts)
+
+
+def _write(
+    reports: Sequence[Report], models: Sequence[ModelReport], rows: Sequence[dict], verdicts: Sequence[Verdict]
+) -> None:
+    blocks = {
+        "verdicts": _table(
+            ("required", "measured", "", "beside it"),
+            [(one.text, one.value, "met" if one.met else "**missed**", one.note) for one in verdicts],
+        ),
+        "machine": _machine(reports),
+        "models": _models_table(models),
+        "stages": _stages_table(models),
+        "peers": _peers_table(rows),
+    }
+    text = PAGE.read_text()
+    for name, block in blocks.items():
+        text, count = re.subn(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{block}\g<2>", text, flags=re.DOTALL)
+        assert count == 1, f"{PAGE} has no place for {name}"
+    PAGE.write_text(text)
+    if rows:
+        draw(rows, CHART)
+
+
+def _load(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
+    for model in models:
+        name = f"{NAMES.get(model.model, model.model)} {model.runtime} {model.precision}"
+        if model.served_over_pipeline is not None:
+            alone = model.served_over_pipeline_without_generator
+            note = f"{alone.median:.3f} if the load generator ran elsewhere" if alone else ""
+            yield _at_least(f"{name}: served / pipeline >= 0.95", model.served_over_pipeline, 0.95, note)
+        if model.pipeline_over_allowed is not None:
+            yield _at_least(
+                f"{name}: pipeline / what the stages' CPU time allows >= 0.95", model.pipeline_over_allowed, 0.95
+            )
+        if model.single_pipeline_ms and model.single_served_ms:
+            more = model.single_served_ms.p50 - model.single_pipeline_ms.p50
+            note = f"{model.single_served_ms.p50:.1f} ms and {model.single_pipeline_ms.p50:.1f} ms"
+            yield Verdict(f"{name}: one call at a time, p50 <= in process + 2 ms", f"+{more:.1f} ms", more <= 2, note)
+        if model.overload is not None:
+            yield from _overload_verdicts(name, model, model.overload)
+
+
+def _overload_verdicts(name: str, model: ModelReport, overload: Flow) -> Iterator[Verdict]:
+    at = f"{name}: {model.overload_offered:g} x capacity"
+    if model.goodput_over_capacity is not None:
+        alone = model.goodput_over_capacity_without_generator
+        note = f"{alone.median:.3f} if the load generator ran elsewhere" if alone else ""
+        yield _at_least(f"{at}: goodput / capacity >= 0.9", model.goodput_over_capacity, 0.9, note)
+    refused = overload.failed_latency_ms.get("RESOURCE_EXHAUSTED")
+    others = {status: count for status, count in overload.failed.items() if status != "RESOURCE_EXHAUSTED"}
+    yield Verdict(
+        f"{at}: the rest gets RESOURCE_EXHAUSTED within 50 ms",
+        f"p99 {refused.p99:.0f} ms" if refused else "none refused",
+        bool(refused and refused.p99 <= 50 and not others),
+        f"others: {others}" if others else (f"p50 {refused.p50:.1f} ms" if refused else ""),
+    )
+    if overload.latency_ms is not None and model.queue_bound_ms is not None:
+        yield Verdict(
+            f"{at}: p99 of the accepted within the queue's bound",
+            f"{overload.latency_ms.p99:.0f} ms",
+            overload.latency_ms.p99 <= model.queue_bound_ms,
+            f"bound {model.queue_bound_ms:.0f} ms",
+        )
+
+
+def _at_least(text: str, ratio: Spread, needed: float, note: str = "") -> Verdict:
+    return Verdict(text, f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})", ratio.median >= needed, note)
+
+
+def _peer_verdicts(rows: Sequence[dict]) -> Iterator[Verdict]:
+    loads = sorted({load for row in rows for load in row["loads"]}, key=int)
+    for load in loads:
+        for precision in ("fp32", "bf16"):
+            found = _speeds(rows, "mobilenet_v2", f"openvino:{precision}", load)
+            yield from _times(f"MobileNetV2, {load} in flight, OpenVINO {precision}", found, found, 1.25)
+        ours = _speeds(rows, "mobilenet_v2", "openvino:bf16", load)
+        eager = _speeds(rows, "mobilenet_v2", "eager:fp32", load)
+        yield from _times(f"MobileNetV2, {load} in flight, ours in bf16, theirs eager", ours, eager, 5)
+
+
+def _times(what: str, ours: dict[str, float], theirs: dict[str, float], needed: float) -> Iterator[Verdict]:
+    others = {system: speed for system, speed in theirs.items() if system in PEERS}
+    if "vision-service" not in ours or not others:
+        return
+    best = max(others, key=lambda system: others[system])
+    ratio = ours["vision-service"] / others[best]
+    note = f"{ours['vision-service']:.0f} and {others[best]:.0f} images/s, {SYSTEMS[best]}"
+    yield Verdict(f"{what}: served / best peer >= {needed:g}", f"{ratio:.2f}", ratio >= needed, note)
+
+
+def _speeds(rows: Sequence[dict], model: str, row: str, load: str) -> dict[str, float]:
+    """Images a second, by system; of a peer that was tried with several numbers of workers, the best."""
+    found: dict[str, float] = {}
+    for one in rows:
+        if one["model"] == model and f"{one['runtime']}:{one['precision']}" == row and load in one["loads"]:
+            speed = one["loads"][load]["images_per_s"]
+            found[one["system"]] = max(speed, found.get(one["system"], 0.0))
+    return found
+
+
+def _soak_verdicts(soak: dict | None) -> Iterator[Verdict]:
+    if soak is not None:
+        text = f"{soak['calls']} mixed images: memory after warm-up grows by less than 3 %"
+        note = f"{soak['rss_after_warmup_mb']:.0f} to {soak['rss_at_end_mb']:.0f} MiB"
+        yield Verdict(text, f"{100 * soak['growth']:.1f} %", soak["growth"] < 0.03, note)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _machine(reports: Sequence[Report]) -> str:
+    lines = []
+    for report in reports:
+        machine, plan = report.machine, report.plan
+        kilobytes = plan["mean_image_bytes"] / 1000
+        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        lines.append(
+            f"* {', '.join(sorted({model.label for model in report.models}))}: {machine['processor']}, "
+            f"{machine['cores']} cores, {versions}; {plan['images']} images of {kilobytes:.0f} kB, "
+            f"{plan['rounds']} rounds of {plan['seconds']:g} s, {plan['in_flight']} in flight, {machine['measured']}\n"
+        )
+    return "".join(lines)
+
+
+def _models_table(models: Iterable[ModelReport]) -> str:
+    head = ("model", "network alone", "stages allow", "pipeline", "served", "p50 / p95 / p99 ms", "one at a time, p50")
+    return _table(
+        (*head, "peak MiB, in process / server", "generator's share of the cores"),
+        [
+            (
+                f"{NAMES.get(model.model, model.model)} {model.runtime} {model.precision}",
+                _speed(model.network_best_per_s),
+                f"{model.allowed_per_s:.1f}" if model.allowed_per_s else "",
+                _speed(model.pipeline and model.pipeline.images_per_s),
+                _speed(model.served and model.served.images_per_s),
+                _late(model.served.latency_ms) if model.served else "",
+                " / ".join(
+                    f"{late.p50:.1f}" for late in (model.single_pipeline_ms, model.single_served_ms) if late is not None
+                ),
+                " / ".join(f"{flow.peak_mb:.0f}" for flow in (model.pipeline, model.served) if flow is not None),
+                f"{100 * model.served.generator_share:.1f} %" if model.served else "",
+            )
+            for model in models
+        ],
+    )
+
+
+def _speed(speed: Spread | None) -> str:
+    return f"{speed.median:.1f} ({speed.low:.1f} to {speed.high:.1f})" if speed else ""
+
+
+def _late(late: Percentiles | None) -> str:
+    return f"{late.p50:.0f} / {late.p95:.0f} / {late.p99:.0f}" if late else ""
+
+
+def _stages_table(models: Iterable[ModelReport]) -> str:
+    names = ("decode", "preprocess", "forward", "postprocess", "pipeline_rest", "server")
+    return _table(
+        ("model", *names, "sum"),
+        [
+            (
+                f"{NAMES.get(model.model, model.model)} {model.runtime} {model.precision}",
+                *(f"{model.stages_cpu_ms[name]:.2f}" if name in model.stages_cpu_ms else "" for name in names),
+                f"{sum(model.stages_cpu_ms.values()):.2f}",
+            )
+            for model in models
+            if model.stages_cpu_ms
+        ],
+    )
+
+
+def _peers_table(rows: Sequence[dict]) -> str:
+    lines = []
+    for one in sorted(rows, key=lambda one: (one["model"], list(ROWS).index(f"{one['runtime']}:{one['precision']}"))):
+        for load, found in one["loads"].items():
+            looped = one["system"] == "loop"
+            if looped and load != min(one["loads"], key=int):
+                continue
+            lines.append(
+                (
+                    NAMES[one["model"]],
+                    ROWS[f"{one['runtime']}:{one['precision']}"],
+                    SYSTEMS[one["system"]] + (f", {one['workers']} workers" if one["workers"] > 1 else ""),
+                    "" if looped else load,
+                    f"{found['images_per_s']:.1f} ({found['lowest']:.1f} to {found['highest']:.1f})",
+                    "" if looped else f"{found['p50_ms']:.0f} / {found['p99_ms']:.0f}",
+                    "" if looped else f"{found['generator_ms']:.2f}",
+                )
+            )
+    head = ("model", "network", "system", "in flight", "images/s", "p50 / p99 ms", "generator, CPU ms/image")
+    return _table(head, lines)
+
+
+def draw(rows: Sequence[dict], path: Path, load: str = "32") -> None:
+    """Bars: images a second of every system, in groups by network, a panel for each model."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "vision-service"  # the same data makes the same file
+    from matplotlib import pyplot
+
+    models = [name for name in NAMES if any(row["model"] == name for row in rows)]
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5.5 * len(models), 4.2), squeeze=False)
+    colours = ("#1b6ca8", "#9aa5b1", "#e0a458", "#7a9e7e", "#b56576")
+    for panel, model in zip(panels[0], models, strict=True):
+        for index, (system, colour) in enumerate(zip(SYSTEMS, colours, strict=True)):
+            speeds = [_speeds(rows, model, row, load).get(system, 0.0) for row in ROWS]
+            places = [group + 0.16 * (index - 2) for group in range(len(ROWS))]
+            bars = panel.bar(places, speeds, 0.15, color=colour, label=SYSTEMS[system])
+            panel.bar_label(bars, [f"{speed:.0f}" if speed else "" for speed in speeds], fontsize=7, padding=1)
+        panel.set_xticks(range(len(ROWS)), ROWS.values())
+        panel.set_title(NAMES[model])
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel(f"images/s, {load} calls in flight")
+    panels[0][0].legend(frameon=False, loc="upper left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

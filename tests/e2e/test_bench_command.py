@@ -1,0 +1,159 @@
+"""`vision-service bench` on tiny models: every option has its effect. No figure is compared with a clock."""
+
+from __future__ import annotations
+
+import os
+
+import cv2
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
+from vision_service.bench.http2 import GrpcConnection
+from vision_service.bench.load import Load, generate
+from vision_service.bench.report import Report
+from vision_service.cli import app
+from vision_service.client import codec
+from vision_service.config.settings import ServerSettings
+from vision_service.errors import ModelUnavailable
+
+CLASSIFY = "/vision.v1.VisionService/Classify"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    few = "batching = {max_batch_size = 2, max_queued_jobs = 2}\noptions = {sleep_s = 0.02}"
+    return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few)
+
+
+@pytest.fixture(scope="module")
+def address(manifest):
+    settings = ServerSettings.read(host="127.0.0.1", port=0, manifests=(manifest,), models=("tiny", "slow"))
+    with run_server(settings) as server:
+        yield f"127.0.0.1:{server.port}"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for red in range(1, 6):
+        cv2.imwrite(str(folder / f"{red}.png"), red_image(red)[..., ::-1])
+    return folder
+
+
+@pytest.fixture
+def bench(photos, tmp_path):
+    """Runs the command with short measurements; returns its result and its report."""
+
+    def run(*arguments):
+        file = tmp_path / "report.json"
+        short = ("--images", photos, "--seconds", 0.2, "--warmup", 0.1, "--rounds", 1, "--json", file)
+        result = CliRunner().invoke(app, [str(part) for part in ("bench", *short, *arguments)])
+        return result, Report.read(file) if file.exists() else None
+
+    return run
+
+
+def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(PLUGINS))  # for the server, which is a program of its own
+    config = tmp_path / "service.toml"
+    config.write_text("[model.tiny.batching]\nmax_batch_size = 3\n")
+    where = ("--model", "tiny", "--manifest", manifest, "--config", config, "--device", "cpu")
+    result, report = bench(*where, "--runtime", "torch", "--precision", "bf16", "--in-flight", 4, "--rounds", 2)
+    assert result.exit_code == 0, result.output
+    assert "tiny torch bf16: round 2 of 2" in result.stderr
+    (model,) = report.models
+    assert (model.model, model.task, model.runtime, model.precision) == ("tiny", "classify", "torch", "bf16")
+    assert list(model.network_images_per_s) == [1, 2, 3]  # as the config says
+    assert set(model.stages_cpu_ms) == {"decode", "preprocess", "forward", "postprocess", "pipeline_rest", "server"}
+    for flow in (model.pipeline, model.served):
+        assert flow.images_per_s.median > 0
+        assert max(flow.batches) <= 3
+        assert flow.peak_mb > 10
+        assert not flow.failed
+    assert model.served.generator_cpu_ms > 0
+    assert 0 < model.served_over_pipeline.median < model.served_over_pipeline_without_generator.median
+    assert model.pipeline_over_network.median > 0
+    assert model.single_pipeline_ms.p50 <= model.single_pipeline_ms.p99
+    assert model.single_served_ms.p50 > 0
+    assert report.plan["images"] == 5
+    assert "served, 4 in flight" in result.stdout
+
+
+def test_a_server_that_runs_already(bench, address):
+    result, report = bench("--address", address, "--model", "tiny", "--model", "slow", "--in-flight", 1)
+    assert result.exit_code == 0, result.output
+    assert [model.model for model in report.models] == ["tiny", "slow"]
+    assert report.models[0].served.batches.keys() == {1}  # one in flight makes no batches
+    assert report.models[0].pipeline is None
+    result, report = bench("--address", address, "--model", "slow", "--in-flight", 3, "--generators", 2)
+    assert max(report.models[0].served.batches) == 2
+    assert report.plan["generators"] == 2
+
+
+def test_only_what_was_asked_for(bench, address, manifest):
+    result, report = bench("--address", address, "--model", "tiny", "--measure", "single")
+    assert result.exit_code == 0, result.output
+    assert report.models[0].served is None
+    result, report = bench("--model", "tiny", "--manifest", manifest, "--measure", "network", "--batch-size", 5)
+    assert result.exit_code == 0, result.output
+    assert list(report.models[0].network_images_per_s) == [5]
+    assert report.models[0].served is None
+
+
+def test_open_loops(bench, address):
+    arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
+    result, report = bench(*arguments, "--rate", 20, "--overload", 5)
+    assert result.exit_code == 0, result.output
+    (model,) = report.models
+    assert model.offered_per_s == 20
+    assert model.open.images_per_s.median < 60  # whatever the server could do, no more was sent
+    assert model.overload.failed.keys() == {"RESOURCE_EXHAUSTED"}  # its queue takes two
+    assert model.overload.failed_latency_ms["RESOURCE_EXHAUSTED"].p50 > 0
+    assert model.queue_bound_ms > 0
+    assert model.goodput_over_capacity.median > 0
+    assert "RESOURCE_EXHAUSTED" in result.stdout
+
+
+def test_compare(bench, address, tmp_path):
+    for name in ("a.json", "b.json"):
+        bench("--address", address, "--model", "tiny", "--measure", "served", "--json", tmp_path / name)
+    result, _ = bench("--compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert result.exit_code == 0
+    assert "served images/s" in result.stdout
+    assert " %" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--measure", "serve"), "there is no 'serve'; did you mean 'served'"),
+        (("--address", "127.0.0.1:1", "--measure", "network"), "address: a server that runs already"),
+        (("--overload", 3, "--measure", "single"), "overload: needs a factor"),
+        (("--model", "mobilenet_v3"), "mobilenet_v3"),
+        (("--model", "mobilenet_v2", "--device", "cuda:99"), "cuda:99"),
+        (("--model", "mobilenet_v2", "--measure", "served", "--precision", "fp64"), "precision"),
+    ],
+)
+def test_mistakes_are_named(bench, arguments, says):
+    result, report = bench(*arguments)
+    assert result.exit_code != 0
+    assert says in result.stderr
+    assert report is None
+
+
+def test_large_messages_and_refusals_over_bare_http2(address):
+    """Messages far above the first window of HTTP/2, and a reply without a message."""
+    big = codec.classify_request(red_image(7, 400, 500), model="tiny").SerializeToString()
+    result = generate(Load(address, CLASSIFY, [big], in_flight=8, warmup_s=0.1, seconds=0.3))
+    assert result.latencies_s.keys() == {"OK"}
+    assert result.generator_cpu_s > 0
+    wrong = codec.classify_request(b"no image", model="tiny").SerializeToString()
+    result = generate(Load(address, CLASSIFY, [wrong], in_flight=1, warmup_s=0.0, seconds=0.1))
+    assert result.latencies_s.keys() == {"INVALID_ARGUMENT"}
+    assert result.in_time == 0
+
+
+def test_nobody_there():
+    with pytest.raises(ModelUnavailable, match=r"127\.0\.0\.1:1"):
+        GrpcConnection("127.0.0.1:1", CLASSIFY)

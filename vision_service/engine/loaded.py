@@ -1,0 +1,194 @@
+"""A network with its backend: what a host runs. Knows nothing of queues."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vision_service.backends.table import create_backend
+from vision_service.config import ModelSpec, Native
+from vision_service.engine.staging import Staging
+from vision_service.engine.tuning import LatencyCurve
+from vision_service.errors import ConfigError, InferenceFailed
+from vision_service.imaging.preprocess import content_hw, preprocess
+from vision_service.runtimes import Calibration, Execution, Workload, choose_precision, compile_network
+from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
+
+logger = logging.getLogger(__name__)
+
+_TIMED_RUNS = 3
+"""Runs of a batch size that are timed at warm-up, the first one, which is slower, left out."""
+
+_LONG_S = 0.5
+"""A first run that takes longer than this is taken for the measurement: a large network shall not take minutes more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image ready for the network.
+
+    Attributes:
+        pixels: uint8 ``[h, w, 3]`` RGB of the network's input size.
+        meta: how to go back.
+        params: what the call chose.
+    """
+
+    pixels: UInt8Array
+    meta: ImageMeta
+    params: Params
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prediction and what its batch cost.
+
+    Attributes:
+        prediction: in pixels of the original.
+        forward_ms: the network on the whole batch, transfers included.
+        postprocess_ms: outputs to predictions, for the whole batch.
+    """
+
+    prediction: Prediction
+    forward_ms: float
+    postprocess_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the network made of a batch.
+
+    Attributes:
+        outputs: dense tensors, one row an image.
+        forward_ms: how long it took, transfers included.
+    """
+
+    outputs: tuple[Tensor, ...]
+    forward_ms: float
+
+
+def pick_device(wanted: str) -> torch.device:
+    """A device by its name in a spec; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if wanted == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device {wanted}: torch sees {count} CUDA devices here; use auto or cpu")
+    return device
+
+
+class LoadedModel:
+    """Builds a network, loads its weights and compiles it; then runs batches.
+
+    Args:
+        spec: the model.
+        device: where it runs.
+        execution: what the process gives its runtimes.
+
+    Raises:
+        VisionError: the model cannot be built.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device, execution: Execution | None) -> None:
+        self.spec = spec
+        self.device = device
+        self.backend = create_backend(spec)
+        network = self.backend.build()
+        self._example = self._make_example()
+        self.compiled = compile_network(
+            network,
+            Workload(
+                torch.from_numpy(self._example.pixels).unsqueeze(0),
+                max_batch_size=spec.batching.max_batch_size,
+                any_size=spec.preprocess.any_input_size,
+                described=spec.model_dump_json(include={"backend", "options", "preprocess", "classes"}),
+                calibration=Calibration(spec.calibration_folder, spec.preprocess) if spec.calibration_folder else None,
+            ),
+            runtime=spec.runtime,
+            precision=choose_precision(spec.precision, device),
+            device=device,
+            execution=execution,
+            own_runtime=self.backend.own_runtime,
+        )
+        self._staging = Staging(pinned=device.type == "cuda")
+        # Postprocessing of one batch shall not queue behind the forward pass of the next.
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def forward(self, batch: Sequence[Prepared]) -> Outcome:
+        """One forward pass. One call at a time."""
+        started_s = time.perf_counter()
+        sizes_hw = torch.tensor([content_hw(item.meta) for item in batch])
+        outputs = self.compiled.forward(self._staging.stack([item.pixels for item in batch]), sizes_hw)
+        for output in outputs:
+            if len(output) != len(batch):
+                raise InferenceFailed(f"the network made {len(output)} rows of {len(batch)} images")
+        return Outcome(outputs, 1000 * (time.perf_counter() - started_s))
+
+    def answers(self, batch: Sequence[Prepared], outcome: Outcome, start: int) -> list[Answer]:
+        """Answers of some images of a forward pass. One call at a time, beside `forward`.
+
+        Args:
+            batch: neighbours in the batch.
+            outcome: of the whole batch.
+            start: place of the first of them.
+        """
+        started_s = time.perf_counter()
+        outputs = tuple(output[start : start + len(batch)] for output in outcome.outputs)
+        with torch.inference_mode(), torch.cuda.stream(cast(Any, self._beside)):
+            predictions = self.backend.postprocess(
+                outputs, [item.meta for item in batch], [item.params for item in batch]
+            )
+            if self._beside is not None:
+                self._beside.synchronize()  # the outputs' memory may be used again from here on
+        self._check(predictions, len(batch))
+        postprocess_ms = 1000 * (time.perf_counter() - started_s)
+        return [Answer(prediction, outcome.forward_ms, postprocess_ms) for prediction in predictions]
+
+    def warm_up(self) -> LatencyCurve:
+        """Run each batch size that will be run, and measure it."""
+        points: list[tuple[int, float]] = []
+        size, largest = 1, self.spec.batching.max_batch_size
+        while not points or points[-1][0] < largest:
+            batch = [self._example] * min(size, largest)
+            first_s = self._time(batch)
+            seconds = first_s if first_s > _LONG_S else min(self._time(batch) for _ in range(_TIMED_RUNS))
+            points.append((len(batch), 1000 * seconds))
+            size *= 2
+        return LatencyCurve(tuple(points))
+
+    def _time(self, batch: Sequence[Prepared]) -> float:
+        started_s = time.perf_counter()
+        self.answers(batch, self.forward(batch), 0)
+        return time.perf_counter() - started_s
+
+    def _make_example(self) -> Prepared:
+        """A grey image, prepared as callers' images will be."""
+        hw = (64, 64) if isinstance(self.spec.preprocess.resize, Native) else (480, 640)
+        pixels, meta = preprocess(np.full((*hw, 3), 127, np.uint8), self.spec.preprocess)
+        return Prepared(pixels, meta, self.spec.params)
+
+    def _check(self, predictions: Sequence[Prediction], expected: int) -> None:
+        """Hold the backend to its contract: list in, list out, of its task's type."""
+        if len(predictions) != expected:
+            raise InferenceFailed(
+                f"backend {self.spec.backend} made {len(predictions)} predictions of {expected} images"
+            )
+        wanted = PREDICTION_OF_TASK[self.spec.task]
+        for prediction in predictions:
+            if not isinstance(cast(object, prediction), wanted):
+                raise InferenceFailed(
+                    f"backend {self.spec.backend} made a {type(prediction).__name__}, a {self.spec.task} model makes "
+                    f"{wanted.__name__}"
+                )

@@ -1,0 +1,1 @@
+"""Models over folders, lists, videos and buckets: what is listed is predicted, written and remembered."""

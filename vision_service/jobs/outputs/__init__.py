@@ -1,0 +1,1 @@
+"""Forms that results take beside ``results.jsonl``."""

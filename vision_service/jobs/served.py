@@ -1,0 +1,99 @@
+"""A server's model over image after image, as `Predictor` does it in process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from vision_service.client import VisionClient
+from vision_service.errors import InvalidImage, ModelNotFound, VisionError
+from vision_service.imaging.decode import DecodeLimits, decode_image
+from vision_service.jobs.items import Failure, Item, Outcome
+from vision_service.jobs.predictor import digest, read_item
+from vision_service.model_info import ModelInfo
+from vision_service.types import ParamOverrides, Task
+
+_OF_THE_MOMENT = frozenset({"state", "state_reason", "is_default", "queued_jobs", "device", "runtime_reason"})
+
+
+class ServedModel:
+    """Asks a server. Threads may share it.
+
+    A server joins images into batches, and networks round differently in batches of different sizes: the last digits
+    of records may differ from run to run.
+
+    Args:
+        client: of the server.
+        task: what is wanted.
+        model: which model; empty: the server's default.
+        version: of that model; empty: the newest.
+        overrides: what calls choose.
+        in_flight: calls under way at once.
+        limits: of images.
+    """
+
+    def __init__(
+        self,
+        client: VisionClient,
+        task: Task,
+        *,
+        model: str = "",
+        version: str = "",
+        overrides: ParamOverrides | None = None,
+        in_flight: int = 8,
+        limits: DecodeLimits | None = None,
+    ) -> None:
+        self._client = client
+        self._method: Any = getattr(client, task)
+        self._model, self._version = model, version
+        self._overrides = overrides or ParamOverrides()
+        chosen = {field.name: getattr(self._overrides, field.name) for field in fields(self._overrides)}
+        self._chosen = {name: value for name, value in chosen.items() if value is not None}
+        self.task = task
+        self.limits = limits or DecodeLimits()
+        self.in_flight = in_flight
+
+    def pin(self) -> ModelInfo:
+        """Which model answers, from now on it and no other: a job must not change models on its way.
+
+        Raises:
+            ModelNotFound: the server has no such model.
+            VisionError: it cannot be asked.
+        """
+        name = self._model
+        if not name:
+            served = self._client.list_models(self.task)
+            name = next((model.name for model in served if model.is_default), "")
+            if not name:
+                raise ModelNotFound(f"{self._client.address} has no model for {self.task}")
+        info = self._client.get_model(name, self._version)
+        self._model, self._version = info.name, info.version
+        return info
+
+    def fingerprint(self, info: ModelInfo) -> str:
+        """Stands for everything but the image that decides what records say: hex digits."""
+        known = {name: value for name, value in asdict(info).items() if name not in _OF_THE_MOMENT}
+        return digest([known, asdict(self._overrides)])
+
+    def predict(self, item: Item, *, keep_image: bool = False) -> Outcome:
+        """One image; what goes wrong is in the outcome.
+
+        Args:
+            item: which image.
+            keep_image: leave the decoded image in the outcome.
+        """
+        if item.is_video:
+            return Outcome(item, failures=(Failure(InvalidImage(f"{item.file} cannot be read as a video")),))
+        try:
+            content = read_item(item, self.limits) if item.pixels is None else item.pixels
+            result = self._method(content, model=self._model, version=self._version, **self._chosen)
+            image = None
+            if keep_image:
+                image = decode_image(content, self.limits) if isinstance(content, bytes) else content
+        except OSError as error:
+            reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
+            return Outcome(item, failures=(Failure(reason, self._model, passing=True),))
+        except VisionError as error:
+            passing = error.status not in ("INVALID_ARGUMENT", "INTERNAL")
+            return Outcome(item, failures=(Failure(error, self._model, passing),))
+        return Outcome(item, (result,), (), image)
