@@ -176,6 +176,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 
 @needs_compiler
+@pytest.mark.timeout(600)  # inductor tries compilers and writes C++
 class TestTorchCompile(RuntimeContract):
     name = "torch_compile"
 

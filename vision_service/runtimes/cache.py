@@ -106,7 +106,11 @@ class CompileCache:
         """Remove what processes that were killed left behind."""
         assert self.folder is not None, "asked by callers"
         for left in self.folder.glob(f"{_ASIDE}*"):
-            if left.stat().st_mtime < time.time() - _ABANDONED_S:
+            try:
+                abandoned = left.stat().st_mtime < time.time() - _ABANDONED_S
+            except FileNotFoundError:  # it has just become an entry
+                continue
+            if abandoned:
                 shutil.rmtree(left, ignore_errors=True)
 
 
