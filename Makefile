@@ -5,12 +5,18 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# ultralytics is AGPL-3.0. Its backends are tested and compared with the package in a folder of its own, which nothing
+# but these two commands reads and no installation of the project brings; YOLO=no leaves both out.
+YOLO ?= yes
+YOLO_DIR := .venv-yolo
+YOLO_INSTALLED := $(if $(filter no,$(YOLO)),,$(YOLO_DIR)/.installed)
+WITH_YOLO := $(if $(YOLO_INSTALLED),PYTHONPATH=$(CURDIR)/$(YOLO_DIR))
 BENCH_VENV ?= .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/.installed
 
 IMAGE_TARGET ?= cpu
 
-.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
+.PHONY: help image install demo test lint format protos fidelity batch-rate fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -23,14 +29,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev,fidelity]'
 	@touch $@
 
+# Only the two packages themselves: what they need is here, and they are not to change torch or OpenCV.
+$(YOLO_DIR)/.installed: constraints.txt $(INSTALLED)
+	rm -rf $(YOLO_DIR)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps --target $(YOLO_DIR) ultralytics ultralytics-thop
+	@touch $@
+
 demo: install ## Start a server, send samples/ through every task, write annotated pictures to demo-output/
 	$(BIN)/python scripts/demo.py --output demo-output
 
-test: install ## Lint, type-check and run the whole test suite
+test: install $(YOLO_INSTALLED) ## Lint, type-check, run all tests, those of ultralytics (AGPL-3.0) apart; YOLO=no leaves these out
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not yolo'
+ifneq ($(YOLO),no)
+	$(WITH_YOLO) $(BIN)/pytest -m yolo tests/contract tests/unit
+endif
 
 lint: install ## Lint and type-check only
 	$(BIN)/ruff check .
@@ -44,14 +59,17 @@ format: install ## Format the code
 protos: install ## Generate vision_service/api from protos/
 	$(BIN)/python scripts/generate_protos.py
 
-fidelity: install ## Compare with the reference implementations on ../shared/data and write docs/fidelity.md
-	$(BIN)/python scripts/fidelity.py
+fidelity: train-fidelity $(YOLO_INSTALLED) ## Compare with the reference implementations on ../shared and write docs/fidelity.md
+	$(WITH_YOLO) $(BIN)/python scripts/fidelity.py
 
-fidelity-short: install ## The same for fewer networks, in some minutes; writes nothing
-	$(BIN)/python scripts/fidelity.py --short
+fidelity-short: install $(YOLO_INSTALLED) ## The same for fewer networks, in some minutes; writes nothing
+	$(WITH_YOLO) $(BIN)/python scripts/fidelity.py --short
 
-train-fidelity: install ## Train torchvision's networks on ../shared/data, an hour on one core, for `make fidelity`
+train-fidelity: install ## Train torchvision's networks on ../shared/data for `make fidelity`, 43 minutes on one core, once
 	$(BIN)/python scripts/train_fidelity.py
+
+batch-rate: install ## Measure predict and client on 1000 images beside the pipeline, and their memory
+	$(BIN)/python scripts/batch_rate.py
 
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
@@ -80,4 +98,4 @@ image: install ## Build docker/Dockerfile with buildah on a debootstrap base and
 	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
 
 clean: ## Remove .venv and everything generated
-	rm -rf $(VENV) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(YOLO_DIR) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

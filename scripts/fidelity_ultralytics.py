@@ -33,7 +33,7 @@ from vision_service.engine.build import local_pipeline
 from vision_service.imaging.decode import decode_image
 from vision_service.imaging.masks import decode_rle
 from vision_service.imaging.preprocess import preprocess
-from vision_service.types import Classification, Detections, Result
+from vision_service.types import Classification, Detections, ParamOverrides, Result
 from vision_service.zoo.ultralytics import preprocess_of
 
 ARCHITECTURES = (
@@ -42,6 +42,9 @@ ARCHITECTURES = (
 )
 SHORT = ("yolov8n", "yolov8n-seg", "yolo26n", "yolo11n-cls")
 END_TO_END = ("yolov10n", "yolo26n", "yolo26n-seg")
+LEAST_IOU, SCORE_OFF = 0.98, 0.01
+"""What is asked of a pair of objects."""
+
 CLASSES = tuple(f"thing {i}" for i in range(80))
 
 
@@ -78,11 +81,19 @@ def _compare_one(page: Page, photos: list[Path], arch: str, end_to_end: bool, fo
     with local_pipeline((), device="cpu") as pipeline:
         pipeline.catalog.load(spec)
         ours = list(pipeline.predict_many(photos, task=spec.task, model=spec.name))
+        lower = spec.params.score_threshold - SCORE_OFF
+        more = list(
+            pipeline.predict_many(
+                photos, task=spec.task, model=spec.name, overrides=ParamOverrides(score_threshold=lower)
+            )
+        )
     name = f"{arch}, end to end" if end_to_end else arch
     if spec.task == "classify":
         _row_classify(page, name, off, ours, results)
     else:
-        _row_detect(page, name, off, ours, results)
+        theirs_more = [theirs.predict(cv2.imread(str(photo)), conf=lower, **call)[0] for photo in photos]
+        lone = _lone(ours, theirs_more) + _lone(more, results, turned=True)
+        _row_detect(page, name, off, ours, results, lone)
 
 
 def _spec(arch: str, checkpoint: Path, end_to_end: bool) -> ModelSpec:
@@ -161,15 +172,30 @@ def _row_classify(page: Page, name: str, off: float, ours: list[Any], theirs: li
     page.row(name, f"{off:.1e}", "", f"top-1 of {same} of {len(ours)}", "", f"{largest:.4f}", "", ok=ok)
 
 
-def _row_detect(page: Page, name: str, off: float, ours: list[Any], theirs: list[Any]) -> None:
+def _seen(result: Any, original_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Theirs without boxes that lie in the padding and have no area: boxes, scores, class ids, and which they are."""
+    boxes = result.boxes.xyxy.numpy().clip(0, [original_hw[1], original_hw[0]] * 2)
+    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    return boxes[kept], result.boxes.conf.numpy()[kept], result.boxes.cls.numpy().astype(int)[kept], kept
+
+
+def _lone(ours: list[Any], theirs: list[Any], *, turned: bool = False) -> int:
+    """How many objects of ours (``turned``: of theirs) the other side does not have, though its threshold is lower."""
+    lone = 0
+    for mine, other in zip(ours, theirs, strict=True):
+        found = _prediction(mine, Detections)
+        boxes, scores, classes, _ = _seen(other, mine.original_hw)
+        pairs = match(found.boxes_xyxy, found.class_ids, boxes, classes)
+        good = sum(overlap >= LEAST_IOU and abs(found.scores[i] - scores[j]) <= SCORE_OFF for i, j, overlap in pairs)
+        lone += (len(boxes) if turned else len(found)) - good
+    return lone
+
+
+def _row_detect(page: Page, name: str, off: float, ours: list[Any], theirs: list[Any], lone: int) -> None:
     counts, matched, least, largest, equal = [0, 0], 0, 1.0, 0.0, 1.0
     for mine, other in zip(ours, theirs, strict=True):
         found, original_hw = _prediction(mine, Detections), mine.original_hw
-        boxes = other.boxes.xyxy.numpy().clip(0, [original_hw[1], original_hw[0]] * 2)
-        seen = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # theirs keeps boxes that lie in the padding, without area
-        kept = np.flatnonzero(seen)
-        boxes = boxes[seen]
-        scores, classes = other.boxes.conf.numpy()[seen], other.boxes.cls.numpy().astype(int)[seen]
+        boxes, scores, classes, kept = _seen(other, original_hw)
         counts[0] += len(found)
         counts[1] += len(boxes)
         for index, partner, overlap in match(found.boxes_xyxy, found.class_ids, boxes, classes):
@@ -179,10 +205,18 @@ def _row_detect(page: Page, name: str, off: float, ours: list[Any], theirs: list
             if found.mask_rles is not None:
                 mask = decode_rle(found.mask_rles[index], original_hw)
                 equal = min(equal, float((mask == _their_mask(other, int(kept[partner]), original_hw)).mean()))
-    ok = counts[0] == counts[1] == matched and least >= 0.98 and largest <= 0.01 and equal >= 0.995 and off <= 1e-4
+    ok = lone == 0 and least >= LEAST_IOU and largest <= SCORE_OFF and equal >= 0.995 and off <= 1e-4
+    at_threshold = f", {sum(counts) - 2 * matched} at the threshold" if sum(counts) > 2 * matched else ""
     pixels = f"{100 * equal:.3f} %" if any(r.masks is not None for r in theirs) else ""
     page.row(
-        name, f"{off:.1e}", f"{counts[0]} / {counts[1]}", str(matched), f"{least:.4f}", f"{largest:.1e}", pixels, ok=ok
+        name,
+        f"{off:.1e}",
+        f"{counts[0]} / {counts[1]}",
+        f"{matched}{at_threshold}",
+        f"{least:.4f}",
+        f"{largest:.1e}",
+        pixels,
+        ok=ok,
     )
 
 
@@ -230,12 +264,16 @@ def _prediction(result: Any, kind: type) -> Any:
 
 
 AGAINST = """\
-- **Ultralytics** (only when that package is installed): its own `predict` with its defaults, with seeded random weights
-  on both sides, since the official ones have to be fetched. "Same tensor" is the largest difference of what the heads
-  return, boxes as parts of the input's longer side. Masks of ours are those of `Results.masks`, taken to the photo's
-  size by the library's `scale_masks` and cut at one half. Ours leaves out boxes that have no area inside the photo, and
-  keeps a score that is equal to the threshold, on purpose. Required are equally many objects of equal class (IoU 0.98,
-  score within 0.01), masks with 99.5 % equal pixels, equal top-1 classes, and 1e-4 on the same tensor.
+- **Ultralytics** (AGPL-3.0, in a folder of its own: `make fidelity YOLO=no` leaves it out): its own `predict` with its
+  defaults, with seeded random weights on both sides, since the official ones have to be fetched. "Same tensor" is the
+  largest difference of what the heads return, boxes as parts of the input's longer side. Masks of ours are those of
+  `Results.masks`, taken to the photo's size by the library's `scale_masks` and cut at one half. Ours leaves out boxes
+  that have no area inside the photo, and keeps a score that is equal to the threshold, on purpose. Required are the
+  same objects of equal class (IoU 0.98, score within 0.01), masks with 99.5 % equal pixels, equal top-1 classes, and
+  1e-4 on the same tensor. An object whose score lies at the threshold may be reported by one side alone: only if the
+  other side, asked with a threshold that is 0.01 lower, reports the same one. So it is with YOLOv9-t: the 262nd object
+  of astronaut.jpg scores 0.25001 when the library computes it in float64, 0.24999 as its `predict` computes it (memory
+  channels-last), 0.25027 by its same network with contiguous memory, and 0.25023 by ours.
 """
 
 SECTION = Section("ultralytics", compare, AGAINST, short=", ".join(SHORT), needs="ultralytics")

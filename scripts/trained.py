@@ -46,10 +46,10 @@ class Recipe:
 RECIPES = {
     "ssdlite320_mobilenet_v3_large": Recipe(10, 8),
     "fasterrcnn_mobilenet_v3_large_320_fpn": Recipe(8, 4, 5e-4),
-    "retinanet_resnet50_fpn": Recipe(10, 4, 3e-4, side=192),
-    "fcos_resnet50_fpn": Recipe(10, 4, 3e-4, side=192),
-    "maskrcnn_resnet50_fpn": Recipe(10, 4, 3e-4, side=192),
     "lraspp_mobilenet_v3_large": Recipe(4, 4),
+    "retinanet_resnet50_fpn": Recipe(7, 4, 3e-4, side=192),
+    "fcos_resnet50_fpn": Recipe(7, 4, 3e-4, side=192),
+    "maskrcnn_resnet50_fpn": Recipe(7, 4, 3e-4, side=192),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in {"unit", "contract", "e2e", "gpu"}:
             item.add_marker(folder)
+        if item.get_closest_marker("yolo") and find_spec("ultralytics") is None:
+            item.add_marker(
+                pytest.mark.skip(reason="the package ultralytics (AGPL-3.0, extra `yolo`) is not installed")
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

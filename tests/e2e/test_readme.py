@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.helpers import ROOT, run_server
+from vision_service.cli import app
 from vision_service.config.settings import ServerSettings
 
 PAGES = ["README.md", "docs/client.md"]
@@ -70,6 +72,38 @@ def test_predict_command_writes_pictures_and_results(folder):
     run(shlex.split(line), folder)
     assert len((folder / "results" / "results.jsonl").read_text().splitlines()) == 3
     assert len(list((folder / "results").rglob("*.png")) + list((folder / "results").rglob("*.jpg"))) == 3
+
+
+@pytest.mark.timeout(240)
+def test_the_page_about_evaluation_runs(port, folder, monkeypatch):
+    """In this process: six commands that each import torch would take half a minute."""
+    monkeypatch.chdir(folder)
+    for line in "\n".join(blocks("docs/evaluate.md", "bash")).splitlines():
+        if line.startswith("vision-service "):
+            words = shlex.split(line.replace("localhost:50051", f"localhost:{port}"))[1:]
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+        else:
+            run(["bash", "-e", "-c", line], folder)
+    made = {path.name for path in folder.iterdir()}
+    assert made >= {
+        "before.json",
+        "before.html",
+        "shots.html",
+        "shots-coco",
+        "after.json",
+        "changes.html",
+        "changes.json",
+    }
+
+
+def test_the_map_in_the_page_about_evaluation_is_one(tmp_path):
+    from vision_service.evaluation.classes import SPELLINGS, read_map
+
+    (tmp_path / "map.toml").write_text(blocks("docs/evaluate.md", "toml")[0])
+    assert read_map(tmp_path / "map.toml") == {"sports ball": "RBC", "donut": "RBC", "frisbee": "WBC"}
+    page = (ROOT / "docs/evaluate.md").read_text()
+    assert all(spelling in page for spelling in SPELLINGS)
 
 
 def test_the_settings_page_lists_every_setting():

@@ -43,7 +43,7 @@ def test_a_case_by_hand(tmp_path):
     assert by_class["background"] == pytest.approx((3 / 5, 6 / 8))
     assert by_class["cat"] == pytest.approx((2 / 4, 4 / 6))
     assert by_class["dog"] == (None, None)
-    assert scores.metrics == pytest.approx({"miou": 0.55, "dice": (0.75 + 2 / 3) / 2, "pixel_accuracy": 5 / 7})
+    assert scores.metrics == pytest.approx({"miou": 0.55, "mdice": (0.75 + 2 / 3) / 2, "pixel_accuracy": 5 / 7})
 
 
 def random_maps(seed, count=6):
@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_whole_dataset(tmp_path):
     iou = [((t == k) & (p == k)).sum() / ((t == k) | (p == k)).sum() for k in range(3)]
     dice = [2 * ((t == k) & (p == k)).sum() / ((t == k).sum() + (p == k).sum()) for k in range(3)]
     assert scores.metrics == pytest.approx(
-        {"miou": np.mean(iou), "dice": np.mean(dice), "pixel_accuracy": (t == p).mean()}, abs=1e-6
+        {"miou": np.mean(iou), "mdice": np.mean(dice), "pixel_accuracy": (t == p).mean()}, abs=1e-6
     )
     library = DiceScore(num_classes=3, average="none", input_format="index", aggregation_level="global")
     library.update(torch.from_numpy(p.astype(np.int64))[None], torch.from_numpy(t.astype(np.int64))[None])

@@ -86,6 +86,35 @@ def test_a_folder_of_save_pretrained_says_what_it_is(tmp_path):
     assert (found.class_map == (theirs[0, 0] >= 0.5).numpy()).mean() >= 0.995
 
 
+def test_several_classes_a_pixel_are_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"'mode' is 'multilabel', so a pixel may have several classes.*binary network"
+    ):
+        create_backend(spec(options={"mode": "multilabel"}))
+    network = library("unet", "resnet18", activation="sigmoid")
+    network.save_pretrained(tmp_path)
+    weights = {"file": str(tmp_path / "model.safetensors")}
+    with pytest.raises(ConfigError, match=r"config\.json says activation 'sigmoid' for 3 classes.*mode = 'multiclass'"):
+        create_backend(spec(weights=weights)).build()
+    pixels = photo()
+    (ours,) = forward(create_backend(spec(weights=weights, options={"mode": "multiclass"})), pixels)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.sigmoid(), network(normalised(pixels)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "classes", "problem"),
+    [
+        ("binary", CLASSES, "is 'binary', but the network has 3 channels"),
+        ("multiclass", ("crack",), "is 'multiclass', but the network has 1 channels"),
+        ("multi", CLASSES, "is 'multi'; need 'binary' or 'multiclass'"),
+    ],
+)
+def test_the_mode_fits_the_channels(mode, classes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        create_backend(spec(classes=classes, options={"mode": mode, "encoder": "resnet18"})).build()
+
+
 def test_config_may_come_as_a_companion_with_its_hash(tmp_path):
     network = library("unet", "resnet18", decoder_channels=[16, 8, 8, 8, 4])
     network.save_pretrained(tmp_path)

@@ -33,6 +33,13 @@ def test_every_name_of_the_library_is_there():
     assert all(zoo.spec(name).name == name for name in zoo.names())
 
 
+def test_sizes_are_those_that_the_library_rounds():
+    weights = zoo.spec("mobilenet_v2", "IMAGENET1K_V1").weights
+    assert weights.size_bytes is None  # nothing is compared with a rounded figure
+    assert abs(weights.about_bytes - 14_212_972) < 6_000  # the length of mobilenet_v2-b0353104.pth
+    assert all(zoo.spec(name).weights.about_bytes for name in zoo.names())
+
+
 @pytest.mark.parametrize("name", ["", "resnet51", "keypointrcnn_resnet50_fpn", "quantized_resnet50"])
 def test_what_there_is_not(name):
     assert zoo.spec(name) is None

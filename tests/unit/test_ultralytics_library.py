@@ -33,6 +33,8 @@ from vision_service.weights.check import sha256_of
 from vision_service.weights.manifest import read_manifest
 from vision_service.zoo import ultralytics as family
 
+pytestmark = pytest.mark.yolo
+
 CLASSES = tuple(f"thing {i}" for i in range(5))
 PHOTO = ROOT / "samples" / "chelsea.jpg"
 SIZE = 128

@@ -250,6 +250,25 @@ class TestCommands:
         shown = json.loads(run("models", "show", "one", "--json").stdout)
         assert (shown["here"], shown["verified"], shown["size_bytes"]) == (True, "yes", 3)
 
+    def test_sizes_that_are_only_known_roughly_say_so(self, cache):
+        (row,) = (
+            row
+            for row in json.loads(run("models", "list", "--family", "torchvision", "--json").stdout)
+            if row["name"] == "squeezenet1_1"
+        )
+        assert (row["size_is_about"], row["here"]) == (True, False)
+        assert f"about {row['size_bytes'] / 1e6:.1f} MB" in run("models", "list", "--family", "torchvision").stdout
+        cache.mkdir(exist_ok=True)
+        (cache / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"four")
+        shown = json.loads(run("models", "show", "squeezenet1_1", "--json").stdout)
+        assert (shown["size_is_about"], shown["size_bytes"]) == (False, 4)
+
+    def test_a_companion_of_unknown_size_makes_the_sum_a_rough_one(self, cache):
+        rows = json.loads(run("models", "list", "--family", "darknet", "--json").stdout)
+        sizes = {row["name"]: (row["size_bytes"], row["size_is_about"]) for row in rows}
+        assert sizes["yolov4"] == (257717640, True)
+        assert sizes["yolov4-csp"] == (None, False)  # nobody names it
+
     def test_list_by_family_and_task(self, family, cache):
         def names(*arguments):
             return [row["name"] for row in json.loads(run("models", "list", "--json", *arguments).stdout)]

@@ -122,11 +122,18 @@ class TwoStage(nn.Module):
         valid = valid & (scores >= self.rpn.score_thresh)
         # What the library removes beforehand must suppress nothing: it comes last.
         scores = scores.masked_fill(~valid, NO_CANDIDATE)
-        kept = [
-            torch.zeros_like(row, dtype=torch.bool).index_fill(0, nms(image, row, self.rpn.nms_thresh), True)
-            for image, row in zip(boxes, scores, strict=True)
-        ]
+        kept = [self._suppressed(image, row) for image, row in zip(boxes, scores, strict=True)]
         return torch.stack(kept) & valid
+
+    def _suppressed(self, boxes: Tensor, scores: Tensor) -> Tensor:
+        """What suppression leaves of one image: bool ``[K]``.
+
+        An exported program takes it for granted that at least two boxes are left, so two are added that touch no other.
+        """
+        apart = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
+        scores = torch.cat((scores, scores.new_full((2,), NO_CANDIDATE)))
+        kept = nms(torch.cat((boxes, apart)), scores, self.rpn.nms_thresh)
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept, True)[: len(boxes)]
 
 
 def pool_float32(pool: Any, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:

@@ -43,6 +43,8 @@ class SmpBackend(Backend):
         channels: of the output. 0: what ``config.json`` says, else as many as there are classes. 1 is a binary
             network: its sigmoid is the one class beside the background. Otherwise each class has its channel and
             softmax decides.
+        mode: what the network was trained as, in the library's words: ``binary`` (one channel), ``multiclass``. Empty:
+            what the channels say. ``multilabel`` is refused: a class map has room for one class a pixel.
         parameters: further arguments of the architecture as the library names them, such as ``encoder_depth`` and
             ``decoder_channels``.
 
@@ -55,13 +57,17 @@ class SmpBackend(Backend):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
-        self._options = read_options(spec, {"arch": "", "encoder": "", "channels": 0, "parameters": {}})
+        self._options = read_options(spec, {"arch": "", "encoder": "", "channels": 0, "mode": "", "parameters": {}})
         self._options["arch"] = self._options["arch"].lower()
         if self._options["arch"]:
             self._check_arch(self._options["arch"])
         if self._options["encoder"]:
             self._check_encoder(self._options["encoder"])
         self._check_channels(self._options["channels"] or len(spec.classes))
+        if (mode := self._options["mode"]) not in ("", "binary", "multiclass", "multilabel"):
+            raise ConfigError(f"{self._where}: option 'mode' is {mode!r}; need 'binary' or 'multiclass'")
+        if mode == "multilabel":
+            raise ConfigError(self._multilabel("option 'mode' is 'multilabel'"))
 
     def build_network(self) -> nn.Module:
         """The network: logits ``[N, channels, h, w]``.
@@ -77,6 +83,7 @@ class SmpBackend(Backend):
         self._check_arch(arch)
         self._check_encoder(encoder)
         self._check_channels(channels)
+        self._check_mode(channels, str(config.get("activation") or ""))
         if config.get("in_channels", 3) != 3:
             raise ConfigError(f"{self._where}: config.json says in_channels {config['in_channels']}, images have 3")
         more = {k: v for k, v in config.items() if k not in _OURS and not k.startswith("_")}
@@ -145,6 +152,20 @@ class SmpBackend(Backend):
                 raise ValueError(f"{channels} channels do not fit {len(self.spec.classes)} classes; 1 would be binary")
         except ValueError as error:
             raise ConfigError(f"{self._where}: {error}") from None
+
+    def _check_mode(self, channels: int, activation: str) -> None:
+        """Refuse a network whose channels mean something else than what is made of them."""
+        mode = self._options["mode"] or ("multilabel" if channels > 1 and activation == "sigmoid" else "")
+        if mode == "multilabel":
+            raise ConfigError(self._multilabel(f"config.json says activation 'sigmoid' for {channels} classes"))
+        if mode and (mode == "binary") != (channels == 1):
+            raise ConfigError(f"{self._where}: option 'mode' is {mode!r}, but the network has {channels} channels")
+
+    def _multilabel(self, why: str) -> str:
+        return (
+            f"{self._where}: {why}, so a pixel may have several classes, and the answer has room for one. Serve each "
+            "class by a binary network of its own, or, if the classes exclude each other, say mode = 'multiclass'"
+        )
 
     def _read_config(self) -> dict[str, Any]:
         """``config.json`` of the weights; empty when they have none."""

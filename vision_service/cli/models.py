@@ -129,16 +129,20 @@ def _known(settings: ServerSettings, manifests: list[Path], families: list[str])
 
 
 def _files(spec: ModelSpec, weights_dir: Path) -> dict[str, Any]:
-    """Size, presence and what was compared, of all files of a model together."""
+    """Size (of what is not here, perhaps only roughly), presence and what was compared, of all files together."""
     from vision_service.weights import verified
     from vision_service.weights.pull import files_of
 
     files = files_of(spec)
     states = {verified.state(weights_dir, file) for file in files}
-    sizes = [Path(file.file).stat().st_size if Path(file.file).is_file() else file.size_bytes for file in files]
+    here = [Path(file.file).stat().st_size if Path(file.file).is_file() else None for file in files]
+    exact = [size or file.size_bytes for size, file in zip(here, files, strict=True)]
+    sizes = [size or file.about_bytes for size, file in zip(exact, files, strict=True)]
+    known = bool(sizes) and sizes[0] is not None  # companions are small: configurations
     worst = next((state for state in _WORST_FIRST if state in states), "")
     return {
-        "size_bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else None,
+        "size_bytes": sum(size or 0 for size in sizes) if known else None,
+        "size_is_about": known and None in exact,
         "here": "missing" not in states,
         "verified": "" if worst == "missing" else worst,
     }
@@ -171,14 +175,19 @@ def _print_table(rows: Iterable[dict[str, Any]]) -> None:
         typer.echo("no models")
         return
     table = Table(box=None, pad_edge=False)
-    for key in rows[0]:
+    keys = [key for key in rows[0] if key != "size_is_about"]
+    for key in keys:
         table.add_column(_HEADINGS.get(key, key), overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(key, value) for key, value in row.items()))
+        table.add_row(*(_about(row) * (key == "size_bytes") + _cell(key, row[key]) for key in keys))
     Console(width=None if sys.stdout.isatty() else _NOT_A_TERMINAL).print(table)
 
 
 _HEADINGS = {"size_bytes": "size", "is_default": "default"}
+
+
+def _about(row: dict[str, Any]) -> str:
+    return "about " if row.get("size_is_about") else ""
 
 
 def _cell(key: str, value: Any) -> str:

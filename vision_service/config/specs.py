@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,7 +15,7 @@ SizeHW = tuple[Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Byte, Byte, Byte]
 Triple = tuple[float, float, float]
-RuntimeName = Literal["auto", "torch", "openvino"]
+RuntimeName = Literal["auto", "torch", "torch_compile", "torch_cuda_graphs", "openvino", "onnxruntime", "tensorrt"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -92,7 +93,7 @@ class PreprocessSpec(Spec):
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
         max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
-        exact_decode: decode large JPEGs whole. Otherwise those at least four times as large as the network needs are
+        exact_decode: decode large JPEGs whole. Otherwise those at least six times as large as the network needs are
             decoded at a half, a quarter or an eighth, which takes about half the time.
     """
 
@@ -147,12 +148,14 @@ class FileSpec(Spec):
         sha256: of its content, lower-case hex, or the first 8 or more digits where its publisher names no more;
             empty when the publisher names none.
         size_bytes: how long it is, where that is known.
+        about_bytes: how long it is roughly, where its publisher names a rounded figure; for people, never compared.
     """
 
     file: str
     url: str = ""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{8,64})?$")] = ""
     size_bytes: Positive | None = None
+    about_bytes: Positive | None = None
 
 
 class WeightsSpec(FileSpec):
@@ -189,6 +192,7 @@ class ModelSpec(Spec):
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         runtime: how it is executed; ``auto`` picks by device and by what is installed. See docs/runtimes.md.
         precision: of the arithmetic; ``auto`` is fp32 on a CPU and fp16 on a GPU.
+        calibration_folder: images like those that will come, which precision ``int8`` measures its scales on.
     """
 
     name: str
@@ -206,6 +210,7 @@ class ModelSpec(Spec):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     runtime: RuntimeName = "auto"
     precision: PrecisionName = "auto"
+    calibration_folder: Path | None = None
 
     @field_validator("name", "version")
     @classmethod

@@ -97,7 +97,10 @@ class Comparison:
         Raises:
             ConfigError: it cannot be written.
         """
-        write_text(path, json.dumps({"report": FORMAT, **asdict(self)}, indent=1) + "\n")
+        data = asdict(self)
+        for row in data["differences"]:
+            row |= {name: None for name, value in row.items() if value != value}  # JSON has no NaN
+        write_text(path, json.dumps({"report": FORMAT, **data}, indent=1) + "\n")
 
 
 def compare_reports(first: Report, second: Report, *, resamples: int = 1000, seed: int = 0) -> Comparison:
@@ -183,7 +186,8 @@ def _bootstrap(
     sides = [resampled(Task(report.task), images, len(report.class_names)) for images in (first, second)]
     whole = [side.metrics(np.ones(count)) for side in sides]
     rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in whole[0]}
+    # With classes left out, one may have too few for a top-5.
+    draws: dict[str, list[float]] = {name: [] for name in whole[0] if name in whole[1]}
     for _ in range(resamples):
         weights = rng.multinomial(count, np.full(count, 1 / count)).astype(np.float64)
         drawn = [side.metrics(weights) for side in sides]
@@ -206,7 +210,7 @@ _CLASS_FIGURE = {Task.DETECT: "ap", Task.SEGMENT: "iou", Task.CLASSIFY: "top1"}
 def _classes(first: Report, second: Report) -> list[dict[str, Any]]:
     name = _CLASS_FIGURE[Task(first.task)]
     rows = [
-        {"class_name": one["class_name"], "name": name, "first": one[name], "second": other[name]}
+        {"class_name": first.spoken(one["class_name"]), "name": name, "first": one[name], "second": other[name]}
         for one, other in zip(first.per_class, second.per_class, strict=True)
         if one[name] != other[name]
     ]

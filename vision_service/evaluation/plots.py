@@ -102,7 +102,9 @@ def _bars_of(name: str) -> Callable[[Report], tuple[str, str] | None]:
         if len(rows) > _MOST_BARS:
             rows, what = rows[-_MOST_BARS:], f"{what}, the worst {_MOST_BARS} of {len(rows)}"
         figure, axes = _figure(6.4, 0.8 + 0.22 * len(rows))
-        axes.barh([row["class_name"] for row in rows][::-1], [row[name] for row in rows][::-1], color="#1f5fa8")
+        axes.barh(
+            [report.spoken(row["class_name"]) for row in rows][::-1], [row[name] for row in rows][::-1], color="#1f5fa8"
+        )
         axes.set(xlim=(0, 1))
         axes.tick_params(axis="y", labelsize=7)
         return what, _address(figure)
@@ -120,7 +122,7 @@ def _image_confusion(report: Report) -> tuple[str, str] | None:
     counts = np.zeros((count, count + 1))
     for truth, found, images in report.curves["confusion"]:
         counts[truth, found] = images
-    return _matrix(counts, report.class_names, "Share of each class's images by answer")
+    return _matrix(counts, [*map(report.spoken, report.class_names)], "Share of each class's images by answer")
 
 
 def _matrix(counts: Any, names: list[str], what: str) -> tuple[str, str]:

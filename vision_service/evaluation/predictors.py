@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -13,6 +11,7 @@ from vision_service.config import ModelSpec
 from vision_service.engine.pipeline import Pipeline
 from vision_service.errors import VisionError
 from vision_service.imaging.source import ImageInput
+from vision_service.jobs.predictor import in_order
 from vision_service.types import ParamOverrides, Result, Task
 
 
@@ -103,11 +102,4 @@ class RemotePredictor:
                 return error
             return result
 
-        flying: deque[Future[Result[Any] | VisionError]] = deque()
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="call") as pool:
-            for image in images:
-                if len(flying) >= 2 * self._concurrency:
-                    yield flying.popleft().result()
-                flying.append(pool.submit(call, image))
-            while flying:
-                yield flying.popleft().result()
+        return in_order(call, images, self._concurrency)

@@ -22,7 +22,8 @@ class Report:
     Attributes:
         task: ``detect``, ``segment`` or ``classify``.
         model: ``name`` and ``version``.
-        dataset: ``path``, ``format``, ``split``, ``images`` (how many) and ``class_names`` (the index is the class id).
+        dataset: ``path``, ``format``, ``split``, ``classes_file``, ``images`` (how many) and ``class_names`` (the index
+            is the class id).
         settings: what was chosen.
         classes: ``mapped``, ``only_in_model`` and ``only_in_dataset``.
         metrics: the overall figures.
@@ -56,10 +57,17 @@ class Report:
     def class_name(self, class_id: int) -> str:
         """A class in a record; ids past the dataset's are the model's own classes."""
         if 0 <= class_id < len(self.class_names):
-            return self.class_names[class_id]
+            return self.spoken(self.class_names[class_id])
         others: list[str] = self.classes["only_in_model"]
         index = class_id - len(self.class_names)
         return others[index] if self.task == Task.CLASSIFY and 0 <= index < len(others) else "(other)"
+
+    def spoken(self, name: str) -> str:
+        """A class of the dataset for people: a WordNet id with the model's word for it."""
+        if not name.startswith("n") or not name[1:].isdecimal():
+            return name
+        words = [row["model"] for row in self.classes["mapped"] if row["dataset"] == name and row["by"] == "WordNet"]
+        return f"{words[0]} {name}" if words else name
 
     def write(self, path: Path) -> None:
         """As JSON: one line an image, so that files can be compared by line tools too.

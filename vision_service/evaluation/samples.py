@@ -13,11 +13,10 @@ from PIL import Image
 
 from vision_service.errors import ConfigError, InvalidImage
 from vision_service.imaging.source import ImageInput
+from vision_service.jobs.items import IMAGE_SUFFIXES
 from vision_service.types import VOID, Task, UInt8Array
 
 Float64Array = NDArray[np.float64]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -101,7 +101,7 @@ class SegmentationScorer:
         )
         metrics: Metrics = {
             "miou": mean(iou),
-            "dice": mean(dice),
+            "mdice": mean(dice),
             "pixel_accuracy": float(np.trace(confusion) / confusion.sum()),
         }
         per_class = [
@@ -132,14 +132,14 @@ class SegmentedImages:
                 self._confusions[at, truth, found] = pixels
 
     def metrics(self, weights: NDArray[np.float64]) -> dict[str, float]:
-        """``miou``, ``dice``, ``pixel_accuracy``."""
+        """``miou``, ``mdice``, ``pixel_accuracy``."""
         confusion = np.tensordot(weights, self._confusions, axes=1)
         iou, dice = (mean(values) for values in iou_and_dice(confusion))
         total = confusion.sum()
         nothing = float("nan")
         return {
             "miou": nothing if iou is None else iou,
-            "dice": nothing if dice is None else dice,
+            "mdice": nothing if dice is None else dice,
             "pixel_accuracy": float(np.trace(confusion) / total) if total else nothing,
         }
 

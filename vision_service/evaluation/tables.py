@@ -24,7 +24,7 @@ TITLES: dict[str, str] = {
     "best_f1": "best F1 at overlap 0.5",
     "best_f1_score": "score threshold of the best F1",
     "miou": "mIoU",
-    "dice": "mean Dice",
+    "mdice": "mean Dice",
     "pixel_accuracy": "pixels right",
     "top1": "top-1",
     "top5": "top-5",
@@ -37,6 +37,7 @@ TITLES: dict[str, str] = {
     "ap_medium": "medium",
     "ap_large": "large",
     "iou": "IoU",
+    "dice": "Dice",
 }
 """What figures are called where people read them; the others are called as in the file."""
 
@@ -85,7 +86,8 @@ def by_class(report: Report, most: int | None = None) -> Table:
     if most is not None and len(rows) > most:
         rows = sorted(rows, key=lambda row: (row[columns[1]] is None, row[columns[1]] or 0.0))[:most]
         title = f"by class: the worst {most} of {len(report.per_class)}"
-    return Table(title, [title_of(name) for name in columns], [[figure(row[name]) for name in columns] for row in rows])
+    cells = [[report.spoken(row["class_name"]), *(figure(row[name]) for name in columns[1:])] for row in rows]
+    return Table(title, [title_of(name) for name in columns], cells)
 
 
 def class_notes(report: Report) -> list[str]:

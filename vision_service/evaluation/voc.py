@@ -9,7 +9,8 @@ import numpy as np
 
 from vision_service.errors import ConfigError, choices
 from vision_service.evaluation.places import find_folder, listing
-from vision_service.evaluation.samples import IMAGE_SUFFIXES, AnnotatedBoxes, Dataset, MaskFile, Sample, images_in
+from vision_service.evaluation.samples import AnnotatedBoxes, Dataset, MaskFile, Sample, images_in
+from vision_service.jobs.items import IMAGE_SUFFIXES
 from vision_service.types import Task
 
 __all__ = ["VOC_CLASSES", "AnnotatedBoxes", "read_voc_annotation", "voc_boxes", "voc_masks"]

@@ -91,12 +91,14 @@ def _builders() -> dict[str, Task]:
 
 def _weights(member: Any) -> WeightsSpec:
     hashed = _SHA256.search(member.url)
+    mebibytes = member.meta.get("_file_size")  # with two or three decimals
     # The only terms of their own that torchvision names are those of SWAG's weights, for non-commercial use.
     own_terms = "SWAG" in member.meta.get("license", "")
     return WeightsSpec(
         file=member.url.rpartition("/")[2],
         url=member.url,
         sha256=hashed.group(1) if hashed else "",
+        about_bytes=round(mebibytes * 2**20) if mebibytes else None,
         licence="CC-BY-NC-4.0" if own_terms else "BSD-3-Clause",
         source=f"torchvision {member} ({member.meta.get('recipe', member.url)}); training data has terms of its own",
     )
