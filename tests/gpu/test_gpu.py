@@ -5,10 +5,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from vision_service.backends._detection import select_each, select_together  # noqa: E402
 from vision_service.config.settings import EMBEDDED_MODELS  # noqa: E402
 from vision_service.engine.build import local_pipeline  # noqa: E402
+from vision_service.engine.loaded import Prepared  # noqa: E402
 from vision_service.errors import DeviceOutOfMemory  # noqa: E402
-from vision_service.types import Task  # noqa: E402
+from vision_service.imaging.decode import decode_image  # noqa: E402
+from vision_service.imaging.preprocess import preprocess  # noqa: E402
+from vision_service.types import Params, Task  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -66,3 +70,27 @@ def test_out_of_memory_is_named_and_the_model_goes_on(gpu):
         assert gpu.predict(np.zeros((64, 64, 3), np.uint8), task=Task.TRANSLATE).prediction.image.shape == (128, 128, 3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_batches_are_put_together_in_page_locked_memory_that_stays(gpu, samples):
+    model = gpu.catalog.find("mobilenet_v2")._model
+    image = preprocess(decode_image(samples["coffee"]), model.spec.preprocess)
+    one = Prepared(*image, model.spec.params)
+    batch = model._staging.stack([one.pixels] * 4)
+    assert batch.is_pinned()
+    assert model._staging.stack([one.pixels] * 2).data_ptr() == batch.data_ptr()
+    black = Prepared(np.zeros_like(one.pixels), one.meta, one.params)
+    outcomes = [model.forward([item] * 4) for item in (one, black, one)]  # each overwrites the last one's buffer
+    first, other, again = (model.answers([one] * 4, outcome, 0)[0].prediction for outcome in outcomes)
+    assert first.class_ids.tolist() == again.class_ids.tolist() != other.class_ids.tolist()
+
+
+def test_suppression_there_keeps_what_it_keeps_on_the_cpu():
+    rng = torch.Generator().manual_seed(0)
+    corner = torch.rand(8, 500, 2, generator=rng) * 300
+    boxes, scores = torch.cat((corner, corner + 60), dim=2), torch.rand(8, 500, 20, generator=rng)
+    params = [Params(score_threshold=0.5 + 0.05 * i, iou_threshold=0.3 + 0.1 * (i % 3)) for i in range(8)]
+    each, counts = select_each(boxes, scores, params)
+    there, counts_there = select_together(boxes.cuda(), scores.cuda(), params)
+    assert counts_there == counts
+    np.testing.assert_allclose(there, each)

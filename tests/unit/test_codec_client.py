@@ -262,6 +262,10 @@ class TestModels:
         max_batch_size=8,
         max_queued_jobs=9,
         queued_jobs=1,
+        latency_curve=((1, 4.5), (8, 20.25)),
+        max_delay_ms=1.5,
+        target_p99_ms=50.0,
+        answer_within_ms=40.5,
     )
 
     def test_there_and_back(self):

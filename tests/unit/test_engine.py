@@ -14,6 +14,7 @@ from tiny_backend import BATCHES, SEEN
 from tests.helpers import red_image, tiny_spec
 from vision_service.engine.catalog import Catalog, version_key
 from vision_service.engine.pipeline import Pipeline
+from vision_service.engine.threads import ForwardGate
 from vision_service.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -463,3 +464,92 @@ def test_any_size_models_batch_by_shape(pipeline):
     images = [rng.integers(0, 256, (20 + i % 3, 30, 3), np.uint8) for i in range(12)]
     for image, result in zip(images, made.predict_many(images, task=Task.TRANSLATE), strict=True):
         np.testing.assert_array_equal(result.prediction.image, image)
+
+
+def test_forward_passes_of_several_models_take_turns(pipeline):
+    running, most = [], []
+
+    class Watched(ForwardGate):
+        def acquire(self):
+            super().acquire()
+            running.append(1)
+            most.append(len(running))
+
+        def release(self):
+            running.pop()
+            super().release()
+
+    made = Pipeline(Catalog(cpu_gate=Watched(1)), decode_workers=2)
+    for name in ("a", "b"):
+        made.catalog.load(tiny_spec(name=name, options={"sleep_s": 0.005}))
+    futures = [made.submit(red_image(i), model="ab"[i % 2], **CLASSIFY) for i in range(24)]
+    assert [f.result(10).prediction.class_names for f in futures] == [(f"red {i}",) for i in range(24)]
+    made.close(5)
+    assert set(most) == {1}
+    assert len(most) > 4  # two warm-ups, and batches of both
+
+
+def test_a_gate_is_fair_and_lets_as_many_through_as_it_says():
+    gate, order = ForwardGate(2), []
+    gate.acquire()
+    gate.acquire()
+
+    def passing(number):
+        with gate:
+            order.append(number)
+
+    threads = []
+    for number in range(5):
+        threads.append(threading.Thread(target=passing, args=(number,)))
+        threads[-1].start()
+        while len(gate._waiting) < number + 1:
+            time.sleep(0.001)
+    assert order == []
+    gate.release()
+    for thread in threads:
+        thread.join(5)
+    assert order == list(range(5))
+
+
+def test_an_objective_chooses_batch_delay_and_queue_and_says_so(pipeline):
+    slow = {"options": {"sleep_s": 0.02}}
+    made = pipeline(tiny_spec(batching={"max_batch_size": 8, "target_p99_ms": 1000}, **slow))
+    info = made.catalog.info(made.catalog.hosts()[0])
+    assert info.target_p99_ms == 1000
+    assert [size for size, _ in info.latency_curve] == [1, 2, 4, 8]
+    assert info.max_batch_size == 8
+    assert 20 < info.max_delay_ms < 100  # a batch of 8 costs no more than one of 1
+    assert info.max_queued_jobs < 1000 / 20 * 8
+    assert info.answer_within_ms <= 1000
+    result = made.predict(red_image(3), **CLASSIFY)
+    assert result.timings.queue_ms >= 0.9 * info.max_delay_ms  # nothing else came to fill the batch
+
+
+def test_an_objective_that_cannot_be_kept_is_said(pipeline, caplog):
+    made = pipeline(tiny_spec(batching={"max_batch_size": 8, "target_p99_ms": 10}, options={"sleep_s": 0.02}))
+    info = made.catalog.info(made.catalog.hosts()[0])
+    assert (info.max_batch_size, info.max_queued_jobs, info.max_delay_ms) == (1, 1, 0)
+    assert info.answer_within_ms > 40
+    assert "target_p99_ms 10 cannot be kept" in caplog.text
+    assert made.predict(red_image(3), **CLASSIFY).prediction.class_names == ("red 3",)
+
+
+def test_images_that_are_being_decoded_have_a_place_in_the_queue(pipeline, gate):
+    made, first = gated(pipeline, gate, batching={"max_batch_size": 1, "max_queued_jobs": 3})
+    blocked = threading.Event()
+    for _ in range(2):
+        made.pool.submit(blocked.wait, 10)
+    futures = [made.submit(red_image(i), **CLASSIFY) for i in (2, 3, 4)]
+    with pytest.raises(QueueFull, match="3 calls are waiting and the limit is 3"):
+        made.submit(red_image(5), **CLASSIFY)  # before it is decoded for nothing
+    blocked.set()
+    gate.touch()
+    assert [f.result(5).prediction.class_names for f in (first, *futures)] == [(f"red {i}",) for i in (1, 2, 3, 4)]
+    with pytest.raises(InvalidImage):
+        made.submit(b"no image", **CLASSIFY).result(5)
+    for _ in range(5):  # places of calls that failed or were cancelled come back
+        made.submit(red_image(1), **CLASSIFY).cancel()
+        while made.catalog.find("tiny")._coming:
+            time.sleep(0.001)
+    futures = [made.submit(red_image(i), **CLASSIFY) for i in (2, 3, 4)]
+    assert [f.result(5).prediction.class_names for f in futures] == [(f"red {i}",) for i in (2, 3, 4)]

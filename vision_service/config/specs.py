@@ -92,7 +92,7 @@ class PreprocessSpec(Spec):
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
         max_pixels: largest image, in pixels, that the model takes; ``None``: the server's limit alone.
-        exact_decode: decode large JPEGs whole. Otherwise those at least four times as large as the network needs are
+        exact_decode: decode large JPEGs whole. Otherwise those at least six times as large as the network needs are
             decoded at a half, a quarter or an eighth, which takes about half the time.
     """
 

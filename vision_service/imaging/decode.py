@@ -94,14 +94,8 @@ def decode_for(
     factor = 1
     if header.format == "JPEG" and not (header.needs_pillow or spec.exact_decode):
         factor = geometry.reduction(spec.resize, header.height, header.width)
-    stored = (header.height, header.width)
-    scaled = (-(-header.height // factor), -(-header.width // factor))
-    if scaled[0] == scaled[1] and stored[0] != stored[1]:
-        factor = 1  # of a scaled one, it could not be told whether it was turned
     image = _decode(data, header, factor)
-    if factor == 1:
-        return image, (image.shape[0], image.shape[1])
-    return image, stored if image.shape[:2] == scaled else stored[::-1]
+    return image, (image.shape[0] * factor, image.shape[1] * factor)
 
 
 def from_raw(
@@ -200,9 +194,9 @@ def _checked_header(data: bytes, limits: DecodeLimits) -> ImageHeader:
 
 
 def _decode(data: bytes, header: ImageHeader, factor: int) -> UInt8Array:
-    """The picture, its sides divided by a factor and rounded up."""
+    """The picture, its sides divided by a factor, which they are a multiple of."""
     image = _decode_pillow(data, header) if header.needs_pillow else _decode_opencv(data, header, factor)
-    height, width = (-(-side // factor) for side in (header.height, header.width))
+    height, width = header.height // factor, header.width // factor
     if image.shape[:2] not in ((height, width), (width, height)):
         raise InvalidImage(f"damaged {header.format} file: its header and its picture differ in size")
     return image

@@ -126,7 +126,7 @@ def _center_offset(size: int, crop: int) -> int:
     return (crop - size) // 2 if crop > size else -round((size - crop) / 2.0)
 
 
-OVERSAMPLING = 2.0
+OVERSAMPLING = 3.0
 """How many times as large as its place in the input a picture must stay when a JPEG is decoded at a smaller scale."""
 
 REDUCTIONS = (8, 4, 2)
@@ -151,7 +151,8 @@ def reduction(resize: Resize, height: int, width: int) -> int:
 
 
 def _stays_large(planned: Plan, size_hw: Size, factor: int) -> bool:
-    whole = planned.window_hw == size_hw  # what is cut out of a very long picture is cut in its own pixels
-    return whole and all(
+    # A rest would be rounded up and shift the picture. What is cut out of a very long one is cut in its own pixels.
+    exact = planned.window_hw == size_hw and all(side % factor == 0 for side in size_hw)
+    return exact and all(
         side >= OVERSAMPLING * factor * resized for side, resized in zip(size_hw, planned.resized_hw, strict=True)
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Literal, cast
@@ -52,20 +51,12 @@ def preprocess(
             "send a smaller image"
         )
     plan = geometry.plan(spec.resize, height, width)
-    if image.shape[:2] == (height, width):
-        (top, left), (window_height, window_width) = plan.window_yx, plan.window_hw
-        window = np.ascontiguousarray(image[top : top + window_height, left : left + window_width])
-    else:
-        window = _without_remainder(image, (height, width))
+    factor = height // image.shape[0]
+    top, left = (start // factor for start in plan.window_yx)
+    window_height, window_width = (side // factor for side in plan.window_hw)
+    window = np.ascontiguousarray(image[top : top + window_height, left : left + window_width])
     resized = _resize(window, plan.resized_hw, spec.interpolation)
     return _place(resized, plan), plan.meta((height, width))
-
-
-def _without_remainder(image: UInt8Array, original_hw: Size) -> UInt8Array:
-    """A scaled picture without a last row and column that are mostly not picture: its sides were rounded up."""
-    factor = 2 ** round(math.log2(original_hw[0] / image.shape[0]))
-    height, width = (max(1, round(side / factor)) for side in original_hw)
-    return np.ascontiguousarray(image[:height, :width])
 
 
 def stack(inputs: Sequence[UInt8Array], batch: UInt8Array | None = None) -> UInt8Array:
