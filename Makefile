@@ -16,7 +16,7 @@ BENCH_INSTALLED := $(BENCH_VENV)/.installed
 
 IMAGE_TARGET ?= cpu
 
-.PHONY: help image install demo test lint format protos fidelity fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
+.PHONY: help image install demo test lint format protos fidelity batch-rate fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -67,6 +67,9 @@ fidelity-short: install $(YOLO_INSTALLED) ## The same for fewer networks, in som
 
 train-fidelity: install ## Train torchvision's networks on ../shared/data for `make fidelity`, 43 minutes on one core, once
 	$(BIN)/python scripts/train_fidelity.py
+
+batch-rate: install ## Measure predict and client on 1000 images beside the pipeline, and their memory
+	$(BIN)/python scripts/batch_rate.py
 
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py

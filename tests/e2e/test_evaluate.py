@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests import datasets_made as made
@@ -165,6 +166,17 @@ def test_a_classifier_both_ways(address, tmp_path):
     assert {image["image"].split("_")[1][:-4]: image["rank"] for image in here.images} == ranks
 
 
+def test_stacks(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, values in (("images.tif", 256), ("masks.tif", 2)):
+        first, *others = (Image.fromarray(page) for page in rng.integers(0, values, (3, 40, 50), np.uint8))
+        first.save(tmp_path / name, save_all=True, append_images=others)
+    done("selfie_segmentation", tmp_path, "--report", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    report = Report.read(tmp_path / "r.json")
+    assert [image["image"] for image in report.images] == [f"images.tif[{index}]" for index in range(3)]
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 9
+
+
 def test_pages_and_comparisons(tmp_path):
     root = made.make_class_folders(tmp_path / "data")
     common = ["mobilenet_v2", root]
@@ -216,7 +228,13 @@ def test_sizes_that_differ_from_the_annotation_are_noted(tmp_path):
         (["mobilenet_v2", "{voc}", "--save-coco", "x"], "save_coco: has no effect on classify"),
         (["nanodet_g", "{voc}", "--score-threshold", "2"], "score_threshold: must be a number from 0 to 1"),
         (["nanodet_g", "{voc}", "--format", "csv"], "no format 'csv' for a detect model"),
-        (["nanodet_g", "{voc}", "--compare", "a", "b"], "takes two reports and no model"),
+        (
+            ["nanodet_g", "{voc}", "--compare", "a", "b"],
+            "dataset: has no effect here: --compare takes two reports and no",
+        ),
+        (["--compare", "a", "b", "--split", "val"], "split: has no effect here"),
+        (["--compare", "a", "b", "--pictures", "3"], "pictures: has no effect here: it is for --html"),
+        (["nanodet_g", "{voc}", "--seed", "3"], "seed: has no effect here: it is for --compare"),
         (["--compare", "nowhere.json", "b"], "nowhere.json cannot be read"),
         (["esrgan_slim_x2", "{voc}"], "a translate model cannot be evaluated"),
         (["nanodet", "{voc}"], "nanodet_g"),

@@ -30,6 +30,7 @@ def test_the_wheel_installed_elsewhere_finds_its_weights(wheel, tmp_path):
         names = archive.namelist()
     pip_install(tmp_path / "site", str(wheel))
     assert "vision_service/_embedded/manifest.toml" in names
+    assert "vision_service/evaluation/page.html" in names
     assert any(name.endswith("licenses/weights/NOTICE") for name in names)
     assert not any(name.startswith(("tests/", "samples/")) for name in names)
     code = (

@@ -24,11 +24,13 @@ class Backend(ABC):
         task: what models of this backend do.
         mixes_sizes: whether inputs of different sizes share a batch, padded right and bottom to the largest. The
             network then gets the size of each picture as a second argument, int64 ``[N, 2]`` height and width.
+        own_runtime: the runtime that its networks call themselves; empty: any runtime may execute them.
         spec: the model it was made for.
     """
 
     task: ClassVar[Task]
     mixes_sizes: ClassVar[bool] = False
+    own_runtime: ClassVar[str] = ""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec

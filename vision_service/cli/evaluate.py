@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from vision_service.evaluation.tables import Table
 
 _MOST_ROWS = 30
+_OF_COMPARE = {"compare", "resamples", "seed", "report", "html", "pictures"}
 _LIBRARIES = ("torchmetrics", "matplotlib", "jinja2", "yaml", "timm")
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Model: its name here, or on the server of --address.")] = None,
     dataset: Annotated[Path | None, typer.Argument(help="Folder or file of the dataset.")] = None,
     format: Annotated[
@@ -48,18 +50,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many images only.")] = None,
     max_failures: Annotated[int | None, typer.Option(min=0, help="Stop once more images than this failed.")] = None,
     address: Annotated[str, typer.Option(help="host:port of a server that has the model; else in this process.")] = "",
-    version: Annotated[str, typer.Option(help="Version of the server's model; else the newest.")] = "",
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Calls under way at once, 8 unless given.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds for a call, 30 unless given.")] = None,
+    version: Annotated[str, typer.Option(help="--address: version of the model; else the newest.")] = "",
+    concurrency: Annotated[int, typer.Option(min=1, help="--address: calls under way at once.")] = 8,
+    timeout: Annotated[float, typer.Option(help="--address: seconds for a call, retries included.")] = 30.0,
     manifest: options.Manifests = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; auto unless given.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most images in one pass; above 1, last digits may differ from run to run."),
-    ] = None,
+        int, typer.Option(min=1, help="Most images in one pass; above 1, last digits may differ from run to run.")
+    ] = 1,
     report: Annotated[Path | None, typer.Option(help="Write everything to this JSON file.", dir_okay=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and pictures.", dir_okay=False)] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Images shown on the page, worst first.")] = 12,
+    pictures: Annotated[int, typer.Option(min=0, help="--html: images shown on the page, worst first.")] = 12,
     save_coco: Annotated[
         Path | None,
         typer.Option(help="detect: folder for annotations.json and predictions.json, as scored.", file_okay=False),
@@ -75,13 +76,22 @@ def evaluate(
     Images that cannot be read are listed, no figure counts them, and the exit code is then 1.
     """
     _need_extra()
+    given = {name for name in context.params if _was_typed(context, name)}
+    if html is None:
+        _refuse(given, {"pictures"}, "it is for --html")
     if compare is not None:
-        if model is not None or dataset is not None:
-            raise ConfigError("--compare takes two reports and no model or dataset")
+        _refuse(given, context.params.keys() - _OF_COMPARE, "--compare takes two reports and no model or dataset")
         _compare(compare, resamples=resamples, seed=seed, report=report, html=html, pictures=pictures)
         return
+    _refuse(given, {"resamples", "seed"}, "it is for --compare")
     if model is None or dataset is None:
         raise ConfigError("say which MODEL on which DATASET, or --compare A.json B.json")
+    if address:
+        _refuse(given, {"manifest", "device", "batch_size"}, "with --address the model runs on the server")
+        answering = _remote(address, model, version, concurrency=concurrency, timeout_s=timeout)
+    else:
+        _refuse(given, {"version", "concurrency", "timeout"}, "it is for --address")
+        answering = _local(model, manifest or [], device, batch_size)
 
     from vision_service.evaluation.evaluate import Options
     from vision_service.evaluation.evaluate import evaluate as evaluate_model
@@ -99,18 +109,13 @@ def evaluate(
         limit=limit,
         max_failures=max_failures,
     )
-    if address:
-        _refuse("with --address the model runs on the server", manifest=manifest, device=device, batch_size=batch_size)
-        answering = _remote(address, model, version, concurrency=concurrency or 8, timeout_s=timeout or 30.0)
-    else:
-        _refuse("that is for --address", version=version, concurrency=concurrency, timeout=timeout)
-        answering = _local(model, manifest or [], device or "auto", batch_size or 1)
     with answering as predictor, _progress() as (started, watch):
         if save_coco is not None and predictor.facts.task != "detect":
             raise InvalidInput("save_coco", f"has no effect on {predictor.facts.task}, only on detect")
         done = evaluate_model(predictor, dataset, chosen, started=started, watch=watch)
+    _save(done, report, html, pictures, save_coco)  # first: whoever reads what is printed may hang up
     _print(done)
-    _save(done, report, html, pictures, save_coco)
+    _say_written(report, html, save_coco)
     if done.report.failures:
         raise typer.Exit(WORK_FAILED)
 
@@ -143,7 +148,10 @@ def _save(done: Evaluation, report: Path | None, html: Path | None, pictures: in
         from vision_service.evaluation.page import report_page
 
         write_text(html, report_page(done.report, done.dataset, pictures))
-    for path in (report, html, coco):
+
+
+def _say_written(*paths: Path | None) -> None:
+    for path in paths:
         if path is not None:
             typer.echo(f"wrote {path}")
 
@@ -157,20 +165,18 @@ def _compare(
 
     one, other = (Report.read(path) for path in paths)
     found = compare_reports(one, other, resamples=resamples, seed=seed)
-    _print_table(differences(found, str(paths[0]), str(paths[1])))
-    _print_table(changed_classes(found, _MOST_ROWS))
-    _print_table(changed_images(found, _MOST_ROWS))
-    for line in found.notes:
-        typer.echo(f"note: {line}")
     if report is not None:
         found.write(report)
     if html is not None:
         from vision_service.evaluation.page import comparison_page
 
         write_text(html, comparison_page(found, one, other, (str(paths[0]), str(paths[1])), pictures))
-    for path in (report, html):
-        if path is not None:
-            typer.echo(f"wrote {path}")
+    _print_table(differences(found, str(paths[0]), str(paths[1])))
+    _print_table(changed_classes(found, _MOST_ROWS))
+    _print_table(changed_images(found, _MOST_ROWS))
+    for line in found.notes:
+        typer.echo(f"note: {line}")
+    _say_written(report, html)
 
 
 def _print_table(table: Table) -> None:
@@ -230,10 +236,14 @@ def _progress() -> Iterator[tuple[Callable[[int], None], Callable[[object], None
         yield lambda total: bars.update(bar, total=total), lambda _: bars.advance(bar)
 
 
-def _refuse(why: str, **given: object) -> None:
-    for name, value in given.items():
-        if value:
-            raise InvalidInput(name, f"has no effect here: {why}")
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"  # by name: typer may bring a click of its own
+
+
+def _refuse(given: set[str], names: Iterable[str], why: str) -> None:
+    for name in sorted(given & set(names)):
+        raise InvalidInput(name, f"has no effect here: {why}")
 
 
 def _need_extra() -> None:

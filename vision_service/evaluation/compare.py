@@ -97,7 +97,10 @@ class Comparison:
         Raises:
             ConfigError: it cannot be written.
         """
-        write_text(path, json.dumps({"report": FORMAT, **asdict(self)}, indent=1) + "\n")
+        data = asdict(self)
+        for row in data["differences"]:
+            row |= {name: None for name, value in row.items() if value != value}  # JSON has no NaN
+        write_text(path, json.dumps({"report": FORMAT, **data}, indent=1) + "\n")
 
 
 def compare_reports(first: Report, second: Report, *, resamples: int = 1000, seed: int = 0) -> Comparison:

@@ -174,7 +174,7 @@ def best_f1(images: list[ImageBoxes], matches: list[ImageMatches]) -> tuple[floa
     best = ends[np.argmax(f1[ends])]
     shown = ends[np.unique(np.linspace(0, len(ends) - 1, 101).astype(np.int64))]
     curve = [[round(float(column[i]), 4) for column in (ranked, precision, recall, f1)] for i in shown]
-    return float(ranked[best]), float(f1[best]), curve
+    return short(ranked[best]), float(f1[best]), curve
 
 
 def _record(image: ImageBoxes, match: ImageMatches, threshold: float) -> Record:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vision_service.errors import ConfigError, InvalidInput
-from vision_service.evaluation.classes import map_classes
+from vision_service.evaluation.classes import ClassMapping, map_classes
 from vision_service.evaluation.datasets import open_dataset
 from vision_service.evaluation.detect import DetectionScorer, DetectOptions
 from vision_service.evaluation.pairs import BINARY_NAMES
-from vision_service.evaluation.predictors import Predictor
+from vision_service.evaluation.predictors import ModelFacts, Predictor
 from vision_service.evaluation.report import Report
-from vision_service.evaluation.run import run
+from vision_service.evaluation.run import Run, run
 from vision_service.evaluation.samples import Dataset, Sample
 from vision_service.evaluation.scores import Scorer, Unmapped
 from vision_service.types import Params, Task
@@ -94,7 +94,7 @@ def evaluate(
     chosen = _chosen(facts.task, options)
     dataset = open_dataset(root, facts.task, format=options.format, split=options.split, classes=options.classes)
     samples = list(dataset.samples)[: options.limit]
-    dataset = Dataset(**{name: getattr(dataset, name) for name in Dataset.__slots__} | {"samples": samples})
+    dataset = replace(dataset, samples=samples)
     is_binary = dataset.format == "masks" and dataset.class_names == BINARY_NAMES
     mapping = map_classes(facts.class_names, dataset.class_names, options.map_file, is_binary=is_binary)
     scorer, settings = _scorer(dataset, mapping, chosen)
@@ -102,28 +102,43 @@ def evaluate(
     begun_s = time.monotonic()
     outcome = run(predictor, dataset, scorer, max_failures=options.max_failures, watch=watch)
     seconds = time.monotonic() - begun_s
-    notes = outcome.notes if options.limit is None else [*outcome.notes, f"only the first {len(samples)} images count"]
-    report = Report(
+    if options.limit is not None:
+        outcome.notes.append(f"only the first {len(samples)} images count")
+    ran = {**facts.where, "seconds": round(seconds, 2), "images_per_s": round(len(samples) / seconds, 2)}
+    report = _report(facts, dataset, settings, mapping, outcome, ran)
+    report.dataset["classes_file"] = str(options.classes or "")
+    return Evaluation(report, dataset, scorer)
+
+
+def _report(
+    facts: ModelFacts,
+    dataset: Dataset,
+    settings: dict[str, Any],
+    mapping: ClassMapping,
+    outcome: Run,
+    ran: dict[str, Any],
+) -> Report:
+    scores = outcome.scores
+    return Report(
         task=str(facts.task),
         model={"name": facts.name, "version": facts.version},
         dataset={
-            "path": str(root),
+            "path": str(dataset.root),
             "format": dataset.format,
             "split": dataset.split,
-            "images": len(samples),
+            "images": len(dataset.samples),
             "class_names": list(dataset.class_names),
         },
         settings=settings,
         classes=mapping.to_json(),
-        metrics=outcome.scores.metrics,
-        per_class=outcome.scores.per_class,
-        curves=outcome.scores.curves,
+        metrics=scores.metrics,
+        per_class=scores.per_class,
+        curves=scores.curves,
         failures=outcome.failures,
-        notes=notes,
-        images=outcome.scores.images,
-        ran={**facts.where, "seconds": round(seconds, 2), "images_per_s": round(len(samples) / seconds, 2)},
+        notes=outcome.notes,
+        images=scores.images,
+        ran=ran,
     )
-    return Evaluation(report, dataset, scorer)
 
 
 def _chosen(task: Task, options: Options) -> dict[str, Any]:
@@ -144,7 +159,7 @@ def _chosen(task: Task, options: Options) -> dict[str, Any]:
     return chosen
 
 
-def _scorer(dataset: Dataset, mapping: Any, chosen: dict[str, Any]) -> tuple[Scorer, dict[str, Any]]:
+def _scorer(dataset: Dataset, mapping: ClassMapping, chosen: dict[str, Any]) -> tuple[Scorer, dict[str, Any]]:
     if dataset.task is Task.DETECT:
         detect = DetectOptions(**chosen)
         return DetectionScorer(dataset, mapping, detect), asdict(detect)

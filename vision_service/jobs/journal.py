@@ -65,14 +65,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._base = sqlite3.connect(folder / DATABASE, timeout=0.0, isolation_level=None)
         try:
-            self._base.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._base.execute("PRAGMA synchronous = FULL")
-            self._base.executescript(f"BEGIN EXCLUSIVE; {_TABLES} COMMIT;")
-            known = self._base.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
-            self.started_anew = known is not None and (restart or known[0] != identity)
-            if known is None or self.started_anew:
-                self._reset(identity)
-            self._recover()
+            self._open(identity, restart)
         except sqlite3.OperationalError as error:
             self._base.close()
             if "locked" in str(error):
@@ -81,6 +74,9 @@ class Journal:
         except sqlite3.DatabaseError as error:
             self._base.close()
             raise ConfigError(f"{folder / DATABASE} is damaged ({error}); remove it to start anew") from None
+        except BaseException:
+            self._base.close()
+            raise
         self._files = {name: (folder / name).open("ab") for name in (RESULTS, FAILURES)}
 
     def compare(self, files: Iterable[Item], *, retry_failures: bool) -> None:
@@ -157,6 +153,16 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, identity: str, restart: bool) -> None:
+        self._base.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._base.execute("PRAGMA synchronous = FULL")
+        self._base.executescript(f"BEGIN EXCLUSIVE; {_TABLES} COMMIT;")
+        known = self._base.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
+        self.started_anew = known is not None and (restart or known[0] != identity)
+        if known is None or self.started_anew:
+            self._reset(identity)
+        self._recover()
 
     def _reset(self, identity: str) -> None:
         with _transaction(self._base):
