@@ -22,6 +22,7 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     runtime: options.Runtime = None,
     precision: options.Precision = None,
+    calibration_folder: options.CalibrationFolder = None,
     list_file: job.ListFile = None,
     every: job.Every = None,
     every_s: job.EverySeconds = None,
@@ -84,7 +85,13 @@ def predict(
     models = [Model(spec.name, spec.version, spec.task, spec.classes) for spec in specs.values()]
     choices.check(models)
     chosen: dict[str, Any] = {
-        name: value for name, value in (("runtime", runtime), ("precision", precision)) if value is not None
+        name: value
+        for name, value in (
+            ("runtime", runtime),
+            ("precision", precision),
+            ("calibration_folder", calibration_folder),
+        )
+        if value is not None
     }
     settings = ServerSettings.read(models=tuple(specs), device=device, manifests=tuple(manifest or ()), **chosen)
     resolved = resolve_specs(settings)
