@@ -50,13 +50,13 @@ def export_network(network: nn.Module, work: Workload, batch_size: int | None = 
 
 
 def probe(work: Workload, count: int) -> tuple[Tensor, Tensor]:
-    """Noise, always the same: uint8 ``[N, h, w, 3]`` and the pictures' sizes ``[N, 2]``, the last one smaller."""
-    return _noise(count, int(work.example.shape[1]), int(work.example.shape[2]))
+    """Noise, always the same: ``[N, h, w, 3]`` of the example's type, and sizes ``[N, 2]``, the last one smaller."""
+    return _noise(work, count, int(work.example.shape[1]), int(work.example.shape[2]))
 
 
-def _noise(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _noise(work: Workload, count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     noise = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=noise)
+    images = torch.randint(0, 256, (count, height, width, 3), generator=noise).to(work.example.dtype)
     sizes_hw = torch.tensor([[height, width]] * count)
     sizes_hw[-1] = torch.tensor([height - height // 3, width - width // 4])
     return images, sizes_hw
@@ -70,7 +70,7 @@ def probes(work: Workload, batch_size: int | None = None) -> list[tuple[Tensor, 
     """
     batches = [probe(work, batch_size or 3)]
     if work.any_size:
-        batches += [_noise(batch_size or 2, *size_hw) for size_hw in _OTHER_SIZES]
+        batches += [_noise(work, batch_size or 2, *size_hw) for size_hw in _OTHER_SIZES]
     return batches
 
 
