@@ -33,7 +33,8 @@ class Infer(Worker):
 
 
 if __name__ == "__main__":
-    # Its own options come from the command line or from the environment; the command line is ours.
+    # Its own options come from the command line or from the environment; the command line is ours. Its workers are new
+    # interpreters that find neither, which is why `arguments` leaves ours in the environment.
     sys.argv = sys.argv[:1]
     os.environ |= {"MOSEC_PORT": str(ARGS.port), "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_TIMEOUT": "30000"}
     server = Server()

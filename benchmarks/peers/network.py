@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +42,8 @@ _TO_TENSOR = transforms.Compose([_TO_PIXELS, transforms.ToTensor(), transforms.N
 
 
 def arguments() -> argparse.Namespace:
-    """What every server of a peer is told."""
+    """What every server of a peer is told, on its command line; its worker processes find it in their environment."""
+    told = os.environ.setdefault("PEER_ARGUMENTS", " ".join(sys.argv[1:])).split()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="mobilenet_v2")
     parser.add_argument("--runtime", choices=["eager", "openvino"], default="eager")
@@ -49,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes that run the network")
     parser.add_argument("--threads", type=int, default=2, help="threads in each of them")
     parser.add_argument("--batch", type=int, default=16, help="largest batch")
-    return parser.parse_args()
+    return parser.parse_args(told)
 
 
 def preparation(runtime: str) -> Callable[[bytes], np.ndarray | torch.Tensor]:

@@ -143,9 +143,26 @@ def _loads(arguments, what: dict, images: list[bytes]) -> dict[str, list[dict]]:
             rounds = [_loop_round(process, arguments) for _ in range(arguments.rounds)]
             return {str(in_flight): rounds for in_flight in arguments.in_flight}
         address, path = f"127.0.0.1:{port}", PEERS[system].path
-        _wait(process, address, path, images[0])
+        answer = _wait(process, address, path, images[0])
+        _check(what, answer)
         load = Load(address, path, images, seconds=arguments.seconds, wire=HttpConnection)
         return _rounds(arguments, lambda in_flight: run_load(replace(load, in_flight=in_flight)))
+
+
+ANSWERS: dict[tuple, list[list]] = {}
+"""What the first peer of a row said about the first image."""
+
+
+def _check(what: dict, answer: list[list]) -> None:
+    """Every peer must run the same network: a worker that missed its options would go unnoticed otherwise."""
+    if what["model"] == "resnet50":  # random weights, different ones in each process
+        return
+    first = ANSWERS.setdefault((what["model"], what["runtime"], what["precision"]), answer)
+    (known, score), (found, other) = first[0], answer[0]
+    if known != found or abs(score - other) > 0.002:
+        raise SystemExit(
+            f"{what['system']} answers {answer[0]}, another peer answered {first[0]}: not the same network"
+        )
 
 
 def _ours(arguments, what: dict, images: list[bytes]) -> dict[str, list[dict]]:
@@ -233,8 +250,8 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _wait(process: subprocess.Popen, address: str, path: str, image: bytes) -> None:
-    """Until it answers an image."""
+def _wait(process: subprocess.Popen, address: str, path: str, image: bytes) -> list[list]:
+    """Until it answers an image; returns the answer, best class first."""
     connection = HttpConnection(address, path)
     request = connection.prepare(image)
     head, _, body = request.partition(b"\r\n\r\n")
@@ -244,8 +261,7 @@ def _wait(process: subprocess.Popen, address: str, path: str, image: bytes) -> N
         asked = urllib.request.Request(f"http://{address}{path.partition('#')[0]}", body, {"Content-Type": kind})
         try:
             with urllib.request.urlopen(asked, timeout=60) as reply:  # noqa: S310 - our own address
-                print("  ", reply.read()[:60], file=sys.stderr)
-                return
+                return json.loads(reply.read())["classes"]
         except urllib.error.HTTPError as error:
             if error.code not in (404, 503):  # not up yet
                 break

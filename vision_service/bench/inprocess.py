@@ -21,7 +21,7 @@ from vision_service.engine.build import build_pipeline, pull_missing, resolve_sp
 from vision_service.engine.host import ModelHost
 from vision_service.engine.pipeline import Pipeline
 from vision_service.errors import VisionError
-from vision_service.imaging.decode import decode_image
+from vision_service.imaging.decode import decode_for
 from vision_service.imaging.preprocess import content_hw, preprocess
 from vision_service.types import Result
 
@@ -92,8 +92,9 @@ class Bench:
     def stages(self, seconds: float) -> dict[str, Alone]:
         """Each stage by itself, one image after the other; the network and what follows it in the largest batch."""
         host, spec = self._host, self._host.spec
-        decoded = [decode_image(image) for image in self._images]
-        prepared = [preprocess(image, spec.preprocess) for image in decoded]
+        geometry = spec.preprocess
+        decoded = [decode_for(image, geometry) for image in self._images]
+        prepared = [preprocess(image, geometry, original_hw) for image, original_hw in decoded]
         most = spec.batching.max_batch_size
         pixels, sizes_hw = self._batch(most)
         outputs = host.forward(pixels, sizes_hw)
@@ -106,8 +107,10 @@ class Bench:
         every = len(self._images)
         share = seconds / 4
         return {
-            "decode": _alone(lambda: [decode_image(image) for image in self._images], every, share),
-            "preprocess": _alone(lambda: [preprocess(image, spec.preprocess) for image in decoded], every, share),
+            "decode": _alone(lambda: [decode_for(image, geometry) for image in self._images], every, share),
+            "preprocess": _alone(
+                lambda: [preprocess(image, geometry, size_hw) for image, size_hw in decoded], every, share
+            ),
             "forward": _alone(lambda: host.forward(pixels, sizes_hw), most, share),
             "postprocess": _alone(postprocess, most, share),
         }
@@ -129,7 +132,8 @@ class Bench:
         """Images as the network takes them; of models whose inputs differ in size, the first image over and over."""
         spec = self._host.spec
         images = self._images[:1] if spec.preprocess.any_input_size else self._images
-        prepared = [preprocess(decode_image(images[i % len(images)]), spec.preprocess) for i in range(size)]
+        decoded = [decode_for(images[index % len(images)], spec.preprocess) for index in range(size)]
+        prepared = [preprocess(image, spec.preprocess, original_hw) for image, original_hw in decoded]
         sizes_hw = torch.tensor([content_hw(meta) for _, meta in prepared])
         return torch.from_numpy(np.stack([pixels for pixels, _ in prepared])), sizes_hw
 

@@ -105,7 +105,9 @@ def evaluate(
     if options.limit is not None:
         outcome.notes.append(f"only the first {len(samples)} images count")
     ran = {**facts.where, "seconds": round(seconds, 2), "images_per_s": round(len(samples) / seconds, 2)}
-    return Evaluation(_report(facts, dataset, settings, mapping, outcome, ran), dataset, scorer)
+    report = _report(facts, dataset, settings, mapping, outcome, ran)
+    report.dataset["classes_file"] = str(options.classes or "")
+    return Evaluation(report, dataset, scorer)
 
 
 def _report(

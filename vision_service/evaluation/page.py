@@ -113,8 +113,11 @@ def _legend(report: Report) -> list[tuple[str, str]]:
 
 def _samples(report: Report) -> dict[str, Sample]:
     about = report.dataset
+    classes = Path(about["classes_file"]) if about.get("classes_file") else None
     try:
-        dataset = open_dataset(Path(about["path"]), Task(report.task), format=about["format"], split=about["split"])
+        dataset = open_dataset(
+            Path(about["path"]), Task(report.task), format=about["format"], split=about["split"], classes=classes
+        )
     except (ConfigError, OSError):
         return {}
     return {sample.name: sample for sample in dataset.samples}

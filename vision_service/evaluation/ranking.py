@@ -21,36 +21,38 @@ class RankedClass:
 
     Attributes:
         images: int64 ``[D]``, where each is.
-        hits: bool ``[T, D]``: right at each overlap.
-        misses: bool ``[T, D]``: wrong; what is neither does not count.
+        hits: at each overlap, the rows that are right: int64, rising.
+        skipped: at each overlap, the rows that count neither way, and how many of them are before each of ``hits``.
         objects: float64 ``[images]``, how many there are to find.
     """
 
     images: Int64Array
-    hits: NDArray[np.bool_]
-    misses: NDArray[np.bool_]
+    hits: list[Int64Array]
+    skipped: list[tuple[Int64Array, Int64Array]]
     objects: NDArray[np.float64]
 
     def average_precision(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """``[T]``, NaN when there is nothing to find.
 
         Weighting an image is repeating it: between repeated rows recall only rises on right ones, where precision is
-        highest at the end, so the interpolated precision at each recall is the same (``COCOeval.accumulate``).
+        highest at the end, so the interpolated precision at each recall is the same (``COCOeval.accumulate``). For the
+        same reason only right rows need be looked at.
         """
         count = float(weights @ self.objects)
         if count == 0:
             return np.full(OVERLAPS, np.nan)
-        if not len(self.images):
-            return np.zeros(OVERLAPS)
         of_row = weights[self.images]
-        right, wrong = np.cumsum(self.hits * of_row, axis=1), np.cumsum(self.misses * of_row, axis=1)
-        precision = right / (right + wrong + np.spacing(1))
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        recall = right / count
+        up_to = np.cumsum(of_row)
         found = np.zeros(OVERLAPS)
-        for overlap in range(OVERLAPS):
-            at = np.searchsorted(recall[overlap], RECALLS, side="left")
-            found[overlap] = precision[overlap, at[at < len(self.images)]].sum() / len(RECALLS)
+        for overlap, (hits, (skipped, before)) in enumerate(zip(self.hits, self.skipped, strict=True)):
+            if not len(hits):
+                continue
+            right = np.cumsum(of_row[hits])
+            counted = up_to[hits] - np.concatenate([[0.0], np.cumsum(of_row[skipped])])[before]
+            precision = right / (counted + np.spacing(1))
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+            at = np.searchsorted(right / count, RECALLS, side="left")
+            found[overlap] = precision[at[at < len(hits)]].sum() / len(RECALLS)
         return found
 
 
@@ -86,12 +88,17 @@ def rank(images: Sequence[Record], class_count: int) -> list[RankedClass]:
     for at, image in enumerate(images):
         for row in image["truth"]:
             objects[row[0], at] += not row[5]
-    bits = np.arange(OVERLAPS)[:, None]
     found = []
     for class_id in range(class_count):
         mine = np.flatnonzero(class_ids == class_id)
         mine = mine[np.argsort(-scores[mine].astype(np.float64), kind="stable")]
-        is_hit = (hits[mine].astype(np.int64) >> bits) & 1 == 1
-        is_skipped = (skipped[mine].astype(np.int64) >> bits) & 1 == 1
-        found.append(RankedClass(where[mine].astype(np.int64), is_hit, ~is_hit & ~is_skipped, objects[class_id]))
+        right, neither = _rows(hits[mine]), _rows(skipped[mine])
+        pairs = [(rows, np.searchsorted(rows, at)) for rows, at in zip(neither, right, strict=True)]
+        found.append(RankedClass(where[mine].astype(np.int64), right, pairs, objects[class_id]))
     return found
+
+
+def _rows(bits: NDArray[np.generic]) -> list[Int64Array]:
+    """At each overlap, the rows whose bit is set."""
+    numbers = np.asarray(bits, np.int64)
+    return [np.flatnonzero(numbers >> overlap & 1) for overlap in range(OVERLAPS)]

@@ -22,7 +22,8 @@ class Report:
     Attributes:
         task: ``detect``, ``segment`` or ``classify``.
         model: ``name`` and ``version``.
-        dataset: ``path``, ``format``, ``split``, ``images`` (how many) and ``class_names`` (the index is the class id).
+        dataset: ``path``, ``format``, ``split``, ``classes_file``, ``images`` (how many) and ``class_names`` (the index
+            is the class id).
         settings: what was chosen.
         classes: ``mapped``, ``only_in_model`` and ``only_in_dataset``.
         metrics: the overall figures.

@@ -1,0 +1,102 @@
+"""What `make bench` calls met and missed, and the tables it writes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+from vision_service.bench.report import Flow, ModelReport
+from vision_service.bench.stats import Percentiles, Spread
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import page
+
+
+def same(value):
+    return Spread(value, value, value)
+
+
+def model(**fields):
+    flow = Flow(same(100.0), Percentiles(1.0, 2.0, 3.0), {})
+    base = {"pipeline": flow, "served": flow, "served_over_pipeline": same(0.96), "pipeline_over_allowed": same(0.9)}
+    return ModelReport(
+        **{"model": "mobilenet_v2", "task": "classify", "runtime": "r", "precision": "p", **base, **fields}
+    )
+
+
+def row(system, speed, model="mobilenet_v2", runtime="openvino", precision="bf16", workers=1):
+    loads = {"32": {"images_per_s": speed, "lowest": speed, "highest": speed, "p50_ms": 1, "p99_ms": 2}}
+    for found in loads.values():
+        found["generator_ms"] = 0.1
+    names = {"system": system, "model": model, "runtime": runtime, "precision": precision, "workers": workers}
+    return {**names, "loads": loads}
+
+
+def met(verdicts):
+    return {one.text.partition(": ")[2]: one.met for one in verdicts}
+
+
+def test_ratios_and_single_calls():
+    late = {"single_pipeline_ms": Percentiles(5.0, 6, 7), "single_served_ms": Percentiles(7.5, 8, 9)}
+    found = met(page._own_verdicts([model(**late)]))
+    assert found["served / pipeline >= 0.95"]
+    assert not found["pipeline / what the stages' CPU time allows >= 0.95"]
+    assert not found["one call at a time, p50 <= in process + 2 ms"]
+    late["single_served_ms"] = Percentiles(7.0, 8, 9)
+    assert met(page._own_verdicts([model(**late)]))["one call at a time, p50 <= in process + 2 ms"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "refused_p99_ms", "accepted_p99_ms", "goodput", "expected"),
+    [
+        ({"RESOURCE_EXHAUSTED": 5}, 50.0, 900.0, 0.9, [True, True, True]),
+        ({"RESOURCE_EXHAUSTED": 5}, 51.0, 1001.0, 0.89, [False, False, False]),
+        ({"RESOURCE_EXHAUSTED": 5, "INTERNAL": 1}, 1.0, 900.0, 0.95, [True, False, True]),
+        ({}, None, 900.0, 0.95, [True, False, True]),
+    ],
+)
+def test_overload(failed, refused_p99_ms, accepted_p99_ms, goodput, expected):
+    late = {} if refused_p99_ms is None else {"RESOURCE_EXHAUSTED": Percentiles(1, 2, refused_p99_ms)}
+    flow = Flow(same(90.0), Percentiles(1, 2, accepted_p99_ms), {}, failed=failed, failed_latency_ms=late)
+    overloaded = model(overload=flow, overload_offered=3.0, queue_bound_ms=1000.0, goodput_over_capacity=same(goodput))
+    assert [one.met for one in page._overload_verdicts("m", overloaded, flow)] == expected
+
+
+def test_the_best_peer_counts_and_the_loop_is_none():
+    rows = [row("vision-service", 125.0), row("mosec", 90.0), row("mosec", 100.0, workers=2), row("loop", 400.0)]
+    (found,) = page._peer_verdicts(rows)
+    assert (found.value, found.met) == ("1.25", True)
+    rows.append(row("ray", 101.0))
+    (found,) = page._peer_verdicts(rows)
+    assert not found.met
+    assert "Ray Serve" in found.note
+    rows.append(row("litserve", 30.0, runtime="eager", precision="fp32"))
+    eager = list(page._peer_verdicts(rows))[-1]
+    assert (eager.value, eager.met) == ("4.17", False)
+
+
+def test_memory():
+    base = {"calls": 20000, "rss_after_warmup_mb": 100.0, "rss_at_end_mb": 103.0}
+    assert [one.met for one in page._soak_verdicts({**base, "growth": 0.029})] == [True]
+    assert [one.met for one in page._soak_verdicts({**base, "growth": 0.03})] == [False]
+    assert list(page._soak_verdicts(None)) == []
+
+
+def test_tables_and_chart(tmp_path):
+    rows = [row("vision-service", 125.0), row("mosec", 90.0), row("loop", 200.0, model="resnet50")]
+    table = page._peers_table(rows)
+    assert "| MobileNetV2 | OpenVINO bf16 | mosec | 32 | 90.0 (90.0 to 90.0) | 1 / 2 | 0.10 |" in table
+    assert "| ResNet-50 | OpenVINO bf16 | bare loop |  | 200.0" in table
+    page.draw(rows, tmp_path / "chart.svg")
+    assert "<svg" in (tmp_path / "chart.svg").read_text()
+    stages = {"decode": 1.0, "forward": 2.5}
+    assert "| 3.50 |" in page._stages_table([model(stages_cpu_ms=stages)])
+    assert "100.0 (100.0 to 100.0)" in page._models_table([model()])
+
+
+def test_the_page_has_a_place_for_everything():
+    text = page.PAGE.read_text()
+    for name in ("verdicts", "machine", "models", "stages", "peers"):
+        assert text.index(f"<!-- {name} -->") < text.index(f"<!-- /{name} -->")
