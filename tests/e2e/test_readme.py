@@ -75,6 +75,21 @@ def test_predict_command_writes_pictures_and_results(folder):
 
 
 @pytest.mark.timeout(240)
+def test_the_page_about_batches_runs(port, folder, monkeypatch):
+    """In this process, in the order of the page."""
+    monkeypatch.chdir(folder)
+    for line in "\n".join(blocks("docs/batch.md", "bash")).splitlines():
+        if line.startswith("vision-service "):
+            words = shlex.split(line.replace("localhost:50051", f"localhost:{port}"))
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+        else:
+            subprocess.run(line, shell=True, check=True, cwd=folder)
+    assert len((folder / "two-models" / "results.jsonl").read_text().splitlines()) == 6
+    assert (folder / "tables" / "results.parquet").exists()
+
+
+@pytest.mark.timeout(240)
 def test_the_page_about_evaluation_runs(port, folder, monkeypatch):
     """In this process: six commands that each import torch would take half a minute."""
     monkeypatch.chdir(folder)
