@@ -15,22 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.batch_rate import make_folder  # noqa: E402
 from tests.ray_cluster import TwoNodes, two_nodes  # noqa: E402
-
-
-def make_folder(folder: Path, count: int) -> None:
-    """Links to real photos, so many that each comes several times under names of its own, and one that is none."""
-    data = ROOT.parent / "shared" / "data"
-    photos = [path for place in (ROOT / "samples", data) for path in sorted(place.rglob("*.jp*g"))]
-    for index, photo in enumerate(islice(cycle(photos), count - 1)):
-        (folder / f"{index:05d}.jpg").symlink_to(photo)
-    (folder / "broken.jpg").write_bytes(b"not an image")
 
 
 def command(photos: Path, output: Path, model: str, *more: str) -> list[str]:
@@ -64,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, two_nodes() as nodes:
         photos, alone, ray = (Path(folder) / name for name in ("photos", "alone", "ray"))
         photos.mkdir()
-        make_folder(photos, chosen.images)
+        make_folder(photos, chosen.images - 1)
+        (photos / "broken.jpg").write_bytes(b"not an image")
         took_s = on_ray(nodes, photos, ray, chosen.model, kill_after_parts=max(1, 32 * 3 // 10))
         print(f"on Ray, one of two nodes killed: {chosen.images / took_s:.1f} images/s, start included", flush=True)
         nodes.close()

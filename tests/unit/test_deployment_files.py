@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 
@@ -69,6 +70,7 @@ def test_compose_uses_the_dockerfiles_targets_and_drains_in_time(dockerfile):
     assert batch["command"][0] == "predict"
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray's own schema
 def test_kuberay_serves_this_application(kuberay):
     from ray.serve.schema import ServeDeploySchema
 
