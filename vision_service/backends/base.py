@@ -117,7 +117,7 @@ class ServedNetwork(nn.Module):
         """Normalise and run.
 
         Args:
-            images: uint8 ``[N, h, w, 3]`` RGB.
+            images: uint8 ``[N, h, w, 3]`` RGB, or float32 in 0..255 as ``bilinear_float`` gives.
             sizes_hw: int64 ``[N, 2]``, how far each picture reaches; the rest is padding.
 
         Returns:

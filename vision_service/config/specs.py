@@ -88,7 +88,8 @@ class PreprocessSpec(Spec):
         resize: which geometry.
         interpolation: ``antialias`` is a triangle filter widened by the scale (what Pillow and torchvision's reference
             transforms do), ``bicubic_antialias`` the same with Keys' cubic (a = -0.5), ``bilinear`` samples four pixels
-            (OpenCV's INTER_LINEAR), ``area`` averages.
+            (OpenCV's INTER_LINEAR), ``bilinear_float`` does so without rounding: four times the bytes, for
+            networks that half a grey level changes; ``area`` averages.
         color_order: what the network was trained on.
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
@@ -98,7 +99,7 @@ class PreprocessSpec(Spec):
     """
 
     resize: Resize
-    interpolation: Literal["antialias", "bicubic_antialias", "bilinear", "area"] = "antialias"
+    interpolation: Literal["antialias", "bicubic_antialias", "bilinear", "bilinear_float", "area"] = "antialias"
     color_order: Literal["rgb", "bgr"] = "rgb"
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)

@@ -19,7 +19,7 @@ from vision_service.engine.tuning import LatencyCurve
 from vision_service.errors import ConfigError, InferenceFailed
 from vision_service.imaging.preprocess import content_hw, preprocess
 from vision_service.runtimes import Calibration, Execution, Workload, choose_precision, compile_network
-from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
+from vision_service.types import PREDICTION_OF_TASK, ImageMeta, InputArray, Params, Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ class Prepared:
     """An image ready for the network.
 
     Attributes:
-        pixels: uint8 ``[h, w, 3]`` RGB of the network's input size.
+        pixels: ``[h, w, 3]`` RGB of the network's input size, from `preprocess`.
         meta: how to go back.
         params: what the call chose.
     """
 
-    pixels: UInt8Array
+    pixels: InputArray
     meta: ImageMeta
     params: Params
 

@@ -47,10 +47,10 @@ def export_network(network: nn.Module, work: Workload, batch_size: int | None = 
 
 
 def probe(work: Workload, count: int) -> tuple[Tensor, Tensor]:
-    """Noise, always the same: uint8 ``[N, h, w, 3]`` and the pictures' sizes ``[N, 2]``, the last one smaller."""
+    """Noise, always the same: ``[N, h, w, 3]`` of the example's type, and sizes ``[N, 2]``, the last one smaller."""
     height, width = work.example.shape[1:3]
     noise = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=noise)
+    images = torch.randint(0, 256, (count, height, width, 3), generator=noise).to(work.example.dtype)
     sizes_hw = torch.tensor([[height, width]] * count)
     sizes_hw[-1] = torch.tensor([height - height // 3, width - width // 4])
     return images, sizes_hw

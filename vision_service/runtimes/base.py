@@ -47,7 +47,7 @@ class Workload:
     """What a network will be given, and what is known of it.
 
     Attributes:
-        example: images of the kind it will see, uint8 ``[1, h, w, 3]``.
+        example: images of the kind it will see, ``[1, h, w, 3]``, uint8 or, for ``bilinear_float``, float32.
         max_batch_size: the largest batch.
         any_size: whether heights and widths other than the example's will come.
         described: what decides how the network was built, such as its options; with its parameters and its code, what

@@ -77,7 +77,7 @@ class TensorRt(Runtime):
             return {"min_shape": (1, *rest), "opt_shape": (max(1, most // 2), *rest), "max_shape": (most, *rest)}
 
         inputs = [
-            self._library.Input(dtype=torch.uint8, **bounds(height, width, 3)),
+            self._library.Input(dtype=work.example.dtype, **bounds(height, width, 3)),
             self._library.Input(dtype=torch.int64, **bounds(2)),
         ]
         try:
