@@ -41,14 +41,17 @@ make_base() {
 
 # What pip is set up with on this machine, less what lies on its disk, for the time of the build.
 pip_secrets() {
+  local config cert
+  config=$(python3 -m pip config list)
   if [ -n "${PIP_CONF:-}" ]; then
     cp "$PIP_CONF" "$work/pip.conf"
   else
-    { printf '[global]\n'; python3 -m pip config list | sed -nE "s/^global\.((extra-)?index-url|proxy|trusted-host)='([^']*)'$/\1 = \3/p" | grep -v 'file:'; } >"$work/pip.conf" || true
-    python3 -m pip config list | grep -q '\.cert=' && printf 'cert = /run/secrets/ca_bundle\n' >>"$work/pip.conf"
+    printf '[global]\n' >"$work/pip.conf"
+    sed -nE "/file:/d; s/^global\.((extra-)?index-url|proxy|trusted-host)='([^']*)'$/\1 = \3/p" <<<"$config" >>"$work/pip.conf"
+    ! grep -q '\.cert=' <<<"$config" || printf 'cert = /run/secrets/ca_bundle\n' >>"$work/pip.conf"
   fi
-  python3 -m pip config list | sed -nE "s/^[^=]*\.cert='([^']*)'$/\1/p" | head -1 | xargs -r -I{} cp {} "$work/ca.pem"
-  [ -f "$work/ca.pem" ] || : >"$work/ca.pem"
+  cert=$(sed -nE "s/^[^=]*\.cert='([^']*)'$/\1/p" <<<"$config" | head -1)
+  cp "${cert:-/dev/null}" "$work/ca.pem"
 }
 
 build() {
