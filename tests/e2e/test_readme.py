@@ -15,7 +15,7 @@ from tests.helpers import ROOT, run_server
 from vision_service.cli import app
 from vision_service.config.settings import ServerSettings
 
-PAGES = ["README.md", "docs/client.md"]
+PAGES = ["README.md", "docs/client.md", "docs/docker.md"]
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -55,7 +55,11 @@ def test_programs_run(page, number, port, folder):
 
 def commands():
     lines = "\n".join(block for page in PAGES for block in blocks(page, "bash")).splitlines()
-    return [line for line in lines if line.startswith(("vision-service client", "vision-service models"))]
+    return [
+        line
+        for line in lines
+        if line.startswith(("vision-service client", "vision-service models", "vision-service health"))
+    ]
 
 
 def test_there_are_commands_to_run():
