@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.util import find_spec
 
@@ -49,8 +50,10 @@ def chosen(network, runtime="auto", precision="fp32", **more):
 
 @needs_openvino
 def test_auto_on_a_cpu_is_openvino():
+    level = logging.getLogger().level
     compiled = chosen(Served())
     assert (compiled.runtime, compiled.precision, compiled.reason) == ("openvino", "fp32", "auto on cpu")
+    assert logging.getLogger().level == level, "the converter silences the whole process"
 
 
 @needs_openvino

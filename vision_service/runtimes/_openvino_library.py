@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -34,3 +37,15 @@ def load_library(name: str, extra: str) -> Any:
         del sys.modules[_TELEMETRY]
         if hidden is not None:
             sys.modules[_TELEMETRY] = hidden
+
+
+@contextmanager
+def logs_as_they_are() -> Iterator[None]:
+    """What OpenVINO's converter does to the root logger (its level becomes ERROR) is undone."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers

@@ -14,7 +14,7 @@ from vision_service.errors import ConfigError
 from vision_service.runtimes import _int8
 from vision_service.runtimes._buckets import bucket_of, bucket_sizes, fill_up
 from vision_service.runtimes._exported import check_conversion, export_network, first_line
-from vision_service.runtimes._openvino_library import load_library
+from vision_service.runtimes._openvino_library import load_library, logs_as_they_are
 from vision_service.runtimes.base import (
     CannotCompile,
     Execution,
@@ -107,7 +107,7 @@ class OpenVino(Runtime):
     def _convert(self, network: nn.Module, work: Workload, batch: int | None, shape: list[int]) -> Any:
         exported = export_network(network, work, batch)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), logs_as_they_are():
                 warnings.simplefilter("ignore")
                 model = self._openvino.convert_model(exported)
         except Exception as error:  # its errors have no base class of their own
