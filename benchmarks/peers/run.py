@@ -70,6 +70,7 @@ SYSTEMS = ("vision-service", "loop", *PEERS)
 def main() -> None:
     """Measure what the command line says."""
     arguments = _arguments()
+    arguments.images = arguments.images.resolve()
     images = read_jpegs(arguments.images)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
     results["machine"] = {
