@@ -1,7 +1,7 @@
-"""What the thread budget costs and gains: the pipeline in process with several numbers of decode workers and threads.
+"""What the thread budget gains: the pipeline in process with several numbers of decode workers and runtime threads.
 
-Each setting runs in a process of its own, in turns, so that a machine that slows down slows down all of them. Prints a
-table for docs/performance.md.
+A number of runtime threads is compiled into a model, so each has a process of its own; the numbers of decode workers
+take turns in it, round after round. Prints a table for docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,54 +19,60 @@ from typing import Any
 
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, resolve_specs
+from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import usable_cores
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Images a second of all models together, and CPU time an image, with one setting."""
+def measure(pipeline: Pipeline, images: list[bytes], in_flight: int, seconds: float) -> tuple[float, float, float]:
+    """Images a second of all models together, CPU milliseconds an image, cores busy."""
+    hosts = pipeline.catalog.hosts()
+    free = threading.Semaphore(in_flight)
+    failed: list[BaseException] = []
+
+    def done(future: Future[Any]) -> None:
+        if error := future.exception():
+            failed.append(error)
+        free.release()
+
+    sent, started_s, cpu_s = 0, time.monotonic(), time.process_time()
+    while time.monotonic() - started_s < seconds:
+        free.acquire()
+        spec = hosts[sent % len(hosts)].spec
+        pipeline.submit(images[sent % len(images)], task=spec.task, model=spec.name).add_done_callback(done)
+        sent += 1
+    for _ in range(in_flight):
+        free.acquire()
+    wall_s, cpu_s = time.monotonic() - started_s, time.process_time() - cpu_s
+    if failed:
+        raise SystemExit(f"{len(failed)} images failed, the first with: {failed[0]}")
+    return sent / wall_s, 1000 * cpu_s / sent, cpu_s / wall_s
+
+
+def measure_workers(args: argparse.Namespace) -> dict[str, list[tuple[float, float, float]]]:
+    """What `measure` finds for each number of decode workers, with one number of runtime threads."""
     settings = ServerSettings.read(
         models=tuple(args.model),
         runtime=args.runtime,
         precision=args.precision,
-        decode_workers=args.decode_workers,
         runtime_threads=args.runtime_threads,
     )
     specs = resolve_specs(settings)
     images = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.is_file()]
-    with build_pipeline(settings, specs) as pipeline:
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    with build_pipeline(settings, specs) as first:
         for spec in specs:
-            pipeline.catalog.load(spec)
-        free = threading.Semaphore(args.in_flight)
-        failed: list[BaseException] = []
-
-        def done(future: Future[Any]) -> None:
-            if error := future.exception():
-                failed.append(error)
-            free.release()
-
-        def run(seconds: float) -> tuple[int, float, float]:
-            sent, started_s, cpu_s = 0, time.monotonic(), time.process_time()
-            while time.monotonic() - started_s < seconds:
-                free.acquire()
-                spec = specs[sent % len(specs)]
-                pipeline.submit(images[sent % len(images)], task=spec.task, model=spec.name).add_done_callback(done)
-                sent += 1
-            for _ in range(args.in_flight):
-                free.acquire()
-            result = sent, time.monotonic() - started_s, time.process_time() - cpu_s
-            for _ in range(args.in_flight):
-                free.release()
-            return result
-
-        run(1.0)
-        sent, wall_s, cpu_s = run(args.seconds)
-    if failed:
-        raise SystemExit(f"{len(failed)} images failed, the first with: {failed[0]}")
-    return {"images_s": sent / wall_s, "core_ms": 1000 * cpu_s / sent, "cores_busy": cpu_s / wall_s}
+            first.catalog.load(spec)
+        pipelines = {str(workers): Pipeline(first.catalog, decode_workers=workers) for workers in args.workers}
+        for number in range(args.rounds + 1):
+            for name, pipeline in pipelines.items():
+                figures = measure(pipeline, images, args.in_flight, args.seconds)
+                if number > 0:  # the first round warms up
+                    found.setdefault(name, []).append(figures)
+    return found
 
 
 def main() -> None:
-    """Measure all settings in turns and print the table."""
+    """Measure all settings and print the table."""
     cores = usable_cores()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, default=Path("samples"))
@@ -74,31 +80,24 @@ def main() -> None:
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
-    default = [(0, 0), (1, cores), (cores, 1), (4 * cores, cores), (cores, 4 * cores), (4 * cores, 4 * cores)]
-    parser.add_argument("--settings", nargs="+", default=[f"{workers},{threads}" for workers, threads in default])
-    parser.add_argument("--decode-workers", type=int, default=-1, help=argparse.SUPPRESS)
-    parser.add_argument("--runtime-threads", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, cores, 4 * cores])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, cores, 4 * cores])
+    parser.add_argument("--runtime-threads", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.decode_workers >= 0:
-        print(json.dumps(measure(args)))
+    if args.runtime_threads:
+        print(json.dumps(measure_workers(args)))
         return
-    found: dict[str, list[dict[str, float]]] = {setting: [] for setting in args.settings}
-    for _ in range(args.rounds):
-        for setting in args.settings:
-            workers, threads = setting.split(",")
-            chosen = ["--decode-workers", workers, "--runtime-threads", threads]
-            command = [sys.executable, __file__, *sys.argv[1:], *chosen]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[setting].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{' + '.join(args.model)}, {args.runtime} {args.precision}, {args.in_flight} in flight, {cores} cores\n")
-    print("| decode workers | runtime threads | images/s | core-ms an image | cores busy |")
+    print("| runtime threads | decode workers | images/s | core-ms an image | cores busy |")
     print("|---|---|---|---|---|")
-    for setting, runs in found.items():
-        row = [statistics.median(run[key] for run in runs) for key in ("images_s", "core_ms", "cores_busy")]
-        names = ["default" if part == "0" else part for part in setting.split(",")]
-        print(f"| {names[0]} | {names[1]} | {row[0]:.1f} | {row[1]:.2f} | {row[2]:.2f} |")
+    for threads in args.threads:
+        command = [sys.executable, __file__, *sys.argv[1:], "--runtime-threads", str(threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        for workers, rounds in json.loads(done.stdout.splitlines()[-1]).items():
+            rate, core_ms, busy = (statistics.median(column) for column in zip(*rounds, strict=True))
+            print(f"| {threads} | {workers} | {rate:.1f} | {core_ms:.2f} | {busy:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

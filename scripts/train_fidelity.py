@@ -153,10 +153,22 @@ def train(name: str, data: Path, scale: float, minutes_a_run: float) -> bool:
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "passed": passed, "steps": steps}
         _replace(checkpoint, lambda part: torch.save(state, part))
         return False
+    settle_norms(network, data_losses)
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
     _replace(weights_file(name), lambda part: save_file(tensors, part))
     checkpoint.unlink(missing_ok=True)
     return True
+
+
+def settle_norms(network: nn.Module, data_losses: Iterator[Loss], batches: int = 20) -> None:
+    """Measure the batch norms' statistics anew: MobileNet's remember a hundred steps, which is half of the training."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+    with torch.no_grad():
+        for _ in range(batches):
+            next(data_losses)()
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:

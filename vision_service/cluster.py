@@ -31,12 +31,13 @@ def load_ray() -> Any:
 
 
 @contextmanager
-def connected(address: str = "") -> Iterator[Any]:
+def connected(address: str = "", *, show_logs: bool = False) -> Iterator[Any]:
     """Ray, connected; on the way out it is left as it was found.
 
     Args:
         address: ``HOST:PORT`` of a cluster, or ``auto`` for the one that runs on this machine; empty: one of this
-            machine alone, reachable from nowhere else, that is started here and ends here.
+            machine alone that is started here and ends here.
+        show_logs: print what tasks and actors print; else it is in Ray's own log files alone.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
@@ -47,7 +48,7 @@ def connected(address: str = "") -> Iterator[Any]:
         return
     try:
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=show_logs)
         else:
             if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
                 # Ray would write a token into the home directory, which may not be writable.
@@ -57,6 +58,7 @@ def connected(address: str = "") -> Iterator[Any]:
                 include_dashboard=False,
                 object_store_memory=OWN_OBJECT_STORE_BYTES,
                 logging_level=logging.WARNING,
+                log_to_driver=show_logs,
                 _node_ip_address="127.0.0.1",
             )
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class VisionError(Exception):
@@ -37,6 +37,10 @@ class VisionError(Exception):
     status: ClassVar[str] = "INTERNAL"
     request_id: str = ""
     address: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error may come from another process: its message is taken as it is, not made again."""
+        return _remade, (type(self), self.args, self.__dict__)
 
 
 class InvalidInput(VisionError):
@@ -116,6 +120,13 @@ class ConfigError(SetupError):
 
 class WeightsError(SetupError):
     """A weight file is missing, was altered, or belongs to another architecture."""
+
+
+def _remade(cls: type[VisionError], args: tuple[Any, ...], attributes: dict[str, Any]) -> VisionError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 def error_classes() -> Iterator[type[VisionError]]:

@@ -20,6 +20,8 @@ from vision_service.errors import InvalidInput, choices
 UInt8Array = NDArray[np.uint8]
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
+InputArray = UInt8Array | Float32Array
+"""A network's input, 0..255: float32 only where the model's interpolation does not round."""
 
 VOID = 255
 """Class id, in a class map, of pixels that belong to no class that was kept (as in Pascal VOC)."""

@@ -22,6 +22,8 @@ from vision_service.errors import (
     QueueFull,
 )
 
+pytestmark = pytest.mark.timeout(300)  # several processes import torch, which takes long where other work is done
+
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):

@@ -125,5 +125,5 @@ def test_the_example_settings_file_is_valid(tmp_path):
     settings = ServerSettings.read(tmp_path / "service.toml")
     assert {spec.name: spec.batching.max_delay_ms for spec in resolve_specs(settings)} == {
         "nanodet_g": 2.0,
-        "mobilenet_v2": 0.0,
+        "mobilenet_v2": None,
     }

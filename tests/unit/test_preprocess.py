@@ -12,6 +12,7 @@ from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from vision_service.config import Letterbox, Limit, Native, PreprocessSpec, ShortestSideCrop, Stretch
+from vision_service.engine.staging import Staging
 from vision_service.errors import InvalidImage
 from vision_service.imaging import preprocess as preprocessing
 from vision_service.imaging.decode import decode_image
@@ -208,6 +209,42 @@ def test_interpolations_are_those_of_their_libraries():
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     plain = torch.nn.functional.interpolate(tensor, (30, 60), mode="bilinear")[0].permute(1, 2, 0).numpy()
     assert np.abs(results["bilinear"] - plain).max() <= 1
+
+
+@pytest.mark.parametrize("hw", [(90, 120), (61, 47), (333, 500)], ids=str)
+def test_bilinear_float_is_what_torchvisions_detectors_see(hw):
+    image = noise(hw)
+    transform = GeneralizedRCNNTransform(96, 160, [0.0] * 3, [1.0] * 3, size_divisible=1)
+    theirs = transform([torch.from_numpy(image).permute(2, 0, 1) / 255])[0].tensors[0].permute(1, 2, 0).numpy() * 255
+    mode = Limit(shortest_side=96, longest_side=160)
+    result, meta = preprocess(image, spec(mode, "bilinear_float"))
+    assert (result.dtype, result.flags.c_contiguous) == (np.float32, True)
+    assert result.shape == (*meta.input_hw, 3) == theirs.shape
+    assert np.abs(result - theirs).max() < 0.01
+    rounded, _ = preprocess(image, spec(mode, "bilinear"))
+    assert 0.4 < np.abs(rounded - theirs).max() <= 1.0  # what the other costs
+
+
+def test_bilinear_float_is_float_whatever_the_size():
+    image = noise((96, 128))
+    for mode in (Stretch(size_hw=(96, 128)), Letterbox(size_hw=(128, 128)), Native(pad_multiple=100)):
+        result, _ = preprocess(image, spec(mode, "bilinear_float"))
+        plain, _ = preprocess(image, spec(mode, "bilinear"))
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, plain)  # nothing was resized
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_inputs_are_stacked_in_their_own_type(dtype):
+    inputs = [np.full((2, 3, 3), 7.5, dtype), np.full((4, 1, 3), 9, dtype)]
+    batch = preprocessing.stack(inputs)
+    assert (batch.dtype, batch.shape) == (dtype, (2, 4, 3, 3))
+    assert batch[0, :2].min() == dtype(7.5)
+    assert batch[0, 2:].max() == batch[1, :, 1:].max() == 0
+    staged = Staging(pinned=False)
+    for _ in range(2):
+        np.testing.assert_array_equal(staged.stack(inputs).numpy(), batch)
+    assert staged.stack(inputs).numpy().dtype == dtype
 
 
 def test_area_averages_along_the_axis_that_shrinks_when_the_other_grows():

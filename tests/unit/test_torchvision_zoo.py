@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, functional
 from tests.helpers import ROOT, tiny_spec
 from vision_service.backends.table import create_backend
 from vision_service.errors import ConfigError
-from vision_service.imaging.preprocess import preprocess
+from vision_service.imaging.preprocess import content_hw, preprocess
 from vision_service.types import Task
 from vision_service.zoo import torchvision as zoo
 
@@ -115,6 +115,20 @@ def test_detectors_carry_the_librarys_own_numbers():
         assert (spec.classes[0], spec.classes[1], spec.classes[90], len(spec.classes)) == (
             "__background__", "person", "toothbrush", 91,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_a_detector_sees_what_the_library_shows_it(name):
+    spec = zoo.spec(name)
+    transform = models.get_model(name, weights=None, weights_backbone=None).eval().transform
+    image = np.random.RandomState(0).randint(0, 256, (240, 330, 3), np.uint8)
+    theirs = transform([torch.from_numpy(image).permute(2, 0, 1) / 255])[0].tensors[0]
+    pixels, meta = preprocess(image, spec.preprocess)
+    height, width = content_hw(meta)
+    mean, std = np.array(spec.preprocess.mean), np.array(spec.preprocess.std)
+    ours = ((pixels - mean) / std)[:height, :width].transpose(2, 0, 1)
+    assert np.abs(ours - theirs.numpy()[:, :height, :width]).max() < 1e-3
+    assert spec.preprocess.exact_decode  # a JPEG decoded at a smaller scale is filtered, which the library does not do
 
 
 def test_segmenters_know_the_background():

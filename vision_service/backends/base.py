@@ -24,11 +24,13 @@ class Backend(ABC):
         task: what models of this backend do.
         mixes_sizes: whether inputs of different sizes share a batch, padded right and bottom to the largest. The
             network then gets the size of each picture as a second argument, int64 ``[N, 2]`` height and width.
+        own_runtime: the runtime that its networks call themselves; empty: any runtime may execute them.
         spec: the model it was made for.
     """
 
     task: ClassVar[Task]
     mixes_sizes: ClassVar[bool] = False
+    own_runtime: ClassVar[str] = ""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -115,7 +117,7 @@ class ServedNetwork(nn.Module):
         """Normalise and run.
 
         Args:
-            images: uint8 ``[N, h, w, 3]`` RGB.
+            images: uint8 ``[N, h, w, 3]`` RGB, or float32 in 0..255 as ``bilinear_float`` gives.
             sizes_hw: int64 ``[N, 2]``, how far each picture reaches; the rest is padding.
 
         Returns:

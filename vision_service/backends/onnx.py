@@ -50,6 +50,7 @@ class OnnxBackend(Backend):
     """
 
     options: ClassVar[dict[str, Any]] = {}
+    own_runtime: ClassVar[str] = "onnxruntime"
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

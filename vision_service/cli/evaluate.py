@@ -113,8 +113,9 @@ def evaluate(
         if save_coco is not None and predictor.facts.task != "detect":
             raise InvalidInput("save_coco", f"has no effect on {predictor.facts.task}, only on detect")
         done = evaluate_model(predictor, dataset, chosen, started=started, watch=watch)
+    _save(done, report, html, pictures, save_coco)  # first: whoever reads what is printed may hang up
     _print(done)
-    _save(done, report, html, pictures, save_coco)
+    _say_written(report, html, save_coco)
     if done.report.failures:
         raise typer.Exit(WORK_FAILED)
 
@@ -147,7 +148,10 @@ def _save(done: Evaluation, report: Path | None, html: Path | None, pictures: in
         from vision_service.evaluation.page import report_page
 
         write_text(html, report_page(done.report, done.dataset, pictures))
-    for path in (report, html, coco):
+
+
+def _say_written(*paths: Path | None) -> None:
+    for path in paths:
         if path is not None:
             typer.echo(f"wrote {path}")
 
@@ -161,20 +165,18 @@ def _compare(
 
     one, other = (Report.read(path) for path in paths)
     found = compare_reports(one, other, resamples=resamples, seed=seed)
-    _print_table(differences(found, str(paths[0]), str(paths[1])))
-    _print_table(changed_classes(found, _MOST_ROWS))
-    _print_table(changed_images(found, _MOST_ROWS))
-    for line in found.notes:
-        typer.echo(f"note: {line}")
     if report is not None:
         found.write(report)
     if html is not None:
         from vision_service.evaluation.page import comparison_page
 
         write_text(html, comparison_page(found, one, other, (str(paths[0]), str(paths[1])), pictures))
-    for path in (report, html):
-        if path is not None:
-            typer.echo(f"wrote {path}")
+    _print_table(differences(found, str(paths[0]), str(paths[1])))
+    _print_table(changed_classes(found, _MOST_ROWS))
+    _print_table(changed_images(found, _MOST_ROWS))
+    for line in found.notes:
+        typer.echo(f"note: {line}")
+    _say_written(report, html)
 
 
 def _print_table(table: Table) -> None:

@@ -68,6 +68,7 @@ class Choices:
         retry_failures: try failures again.
         max_failures: number or percentage.
         as_json: JSON on stdout.
+        elsewhere: results go to a store, and not to a folder of this machine.
     """
 
     sources: Sequence[str] | None
@@ -82,6 +83,7 @@ class Choices:
     retry_failures: bool
     max_failures: str | None
     as_json: bool
+    elsewhere: bool = False
 
     def check(self, models: Sequence[Model]) -> None:
         """Refuse what can be refused before models are loaded.
@@ -113,7 +115,7 @@ class Choices:
         check_sources(sources)
         if (self.every or self.every_s) and not may_have_video(sources):
             raise ConfigError("--every and --every-s have no effect: no source is a video")
-        if self.output is None:
+        if self.output is None and not self.elsewhere:
             for flag, value in (("--save", self.save), ("--coco-ids", self.coco_ids), ("--restart", self.restart)):
                 if value:
                     raise ConfigError(f"{flag} has no effect without --output")

@@ -47,10 +47,15 @@ class JobProgress:
         self._done = 0
         self._began_s = self._said_s = time.monotonic()
 
-    def advance(self) -> None:
-        """One more image is done."""
-        self._done += 1
-        self._bars.advance(self._bar)
+    def set_total(self, total: int) -> None:
+        """How many there will be, when that turns out later."""
+        self._total = total
+        self._bars.update(self._bar, total=total)
+
+    def advance(self, images: int = 1) -> None:
+        """One more image is done, or several."""
+        self._done += images
+        self._bars.advance(self._bar, images)
         now_s = time.monotonic()
         if self._bars.disable and now_s - self._said_s >= EVERY_S:
             self._said_s = now_s
@@ -69,10 +74,10 @@ class JobProgress:
 
     def _find_total(self) -> None:
         try:
-            self._total = self._count() if self._count is not None else None
+            if self._count is not None:
+                self.set_total(self._count())
         except VisionError:  # the job runs into it as well, and says so
             return
-        self._bars.update(self._bar, total=self._total)
 
 
 def progress_line(done: int, total: int | None, elapsed_s: float) -> str:

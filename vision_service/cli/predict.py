@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vision_service.cli import job, options
+from vision_service.cli.predict_ray import ActorChoices, check_output, predict_on_ray
 from vision_service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def predict(
     list_file: job.ListFile = None,
     every: job.Every = None,
     every_s: job.EverySeconds = None,
-    output: job.Output = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for results.jsonl, failures.jsonl and what --save names; with Ray, or a URL."),
+    ] = None,
     save: job.Save = None,
     coco_ids: job.CocoIds = None,
     timings: job.Timings = False,
@@ -44,6 +48,11 @@ def predict(
     max_detections: options.MaxDetections = None,
     classes: options.Classes = None,
     as_json: options.AsJson = False,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    worker_gpus: Annotated[
+        float | None, typer.Option(help="ray: GPUs of each copy of the models, or a share of one; 0.")
+    ] = None,
 ) -> None:
     """Run models over images in this process; no server is needed.
 
@@ -55,6 +64,7 @@ def predict(
     from vision_service.engine.build import pull_missing, resolve_specs
     from vision_service.jobs.outputs.kinds import Model
     from vision_service.jobs.predictor import Predictor
+    from vision_service.jobs.sources import is_url
 
     specs = _specs(task, model or [], manifest or [])
     overrides = options.read_overrides(
@@ -72,7 +82,7 @@ def predict(
         list_file,
         every,
         every_s,
-        output,
+        check_output(engine, output),
         save,
         coco_ids,
         timings,
@@ -80,13 +90,20 @@ def predict(
         retry_failures,
         max_failures,
         as_json,
+        elsewhere=output is not None and is_url(output),
     )
     models = [Model(spec.name, spec.version, spec.task, spec.classes) for spec in specs.values()]
+    options.check_engine(engine, {"ray_address": ray_address, "worker_gpus": worker_gpus})
     choices.check(models)
     chosen: dict[str, Any] = {
         name: value for name, value in (("runtime", runtime), ("precision", precision)) if value is not None
     }
     settings = ServerSettings.read(models=tuple(specs), device=device, manifests=tuple(manifest or ()), **chosen)
+    if engine == "ray" and output is not None:
+        predict_on_ray(
+            choices, output, settings, overrides, models, ActorChoices(ray_address, workers, batch, worker_gpus)
+        )
+        return
     resolved = resolve_specs(settings)
     with Downloads() as watcher:
         pull_missing(resolved, settings, watcher)

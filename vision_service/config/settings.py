@@ -45,6 +45,7 @@ class ServerSettings(BaseSettings):
         device: where models run whose spec says ``auto``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         runtime: how models are executed whose spec says ``auto``: ``auto``, ``torch``, ``openvino``, ...
         precision: of models whose spec says ``auto``: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        calibration_folder: images for precision ``int8``, for models whose spec names no folder.
         compile_cache_dir: where compiled networks are kept for the next start; by default beside ``weights_dir``.
         require_all_models: stop when a model cannot be loaded; otherwise serve the others.
         decode_workers: threads that decode and preprocess; 0 plans them from the usable cores.
@@ -75,6 +76,7 @@ class ServerSettings(BaseSettings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     runtime: RuntimeName = "auto"
     precision: PrecisionName = "auto"
+    calibration_folder: Path | None = None
     compile_cache_dir: Path = Field(default_factory=lambda read: _beside(read.get("weights_dir")))
     require_all_models: bool = True
     decode_workers: Annotated[int, Field(ge=0)] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,7 +15,7 @@ SizeHW = tuple[Positive, Positive]
 Byte = Annotated[int, Field(ge=0, le=255)]
 RGB = tuple[Byte, Byte, Byte]
 Triple = tuple[float, float, float]
-RuntimeName = Literal["auto", "torch", "openvino"]
+RuntimeName = Literal["auto", "torch", "torch_compile", "torch_cuda_graphs", "openvino", "onnxruntime", "tensorrt"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -87,7 +88,8 @@ class PreprocessSpec(Spec):
         resize: which geometry.
         interpolation: ``antialias`` is a triangle filter widened by the scale (what Pillow and torchvision's reference
             transforms do), ``bicubic_antialias`` the same with Keys' cubic (a = -0.5), ``bilinear`` samples four pixels
-            (OpenCV's INTER_LINEAR), ``area`` averages.
+            (OpenCV's INTER_LINEAR), ``bilinear_float`` does so without rounding: four times the bytes, for
+            networks that half a grey level changes; ``area`` averages.
         color_order: what the network was trained on.
         mean: subtracted per channel, in units of 0..255 and in the network's colour order.
         std: divides per channel, likewise.
@@ -97,7 +99,7 @@ class PreprocessSpec(Spec):
     """
 
     resize: Resize
-    interpolation: Literal["antialias", "bicubic_antialias", "bilinear", "area"] = "antialias"
+    interpolation: Literal["antialias", "bicubic_antialias", "bilinear", "bilinear_float", "area"] = "antialias"
     color_order: Literal["rgb", "bgr"] = "rgb"
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (255.0, 255.0, 255.0)
@@ -191,6 +193,7 @@ class ModelSpec(Spec):
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         runtime: how it is executed; ``auto`` picks by device and by what is installed. See docs/runtimes.md.
         precision: of the arithmetic; ``auto`` is fp32 on a CPU and fp16 on a GPU.
+        calibration_folder: images like those that will come, which precision ``int8`` measures its scales on.
     """
 
     name: str
@@ -208,6 +211,7 @@ class ModelSpec(Spec):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     runtime: RuntimeName = "auto"
     precision: PrecisionName = "auto"
+    calibration_folder: Path | None = None
 
     @field_validator("name", "version")
     @classmethod

@@ -47,6 +47,8 @@ def resolve_specs(settings: ServerSettings) -> list[ModelSpec]:
         for field in ("device", "runtime", "precision"):
             if getattr(spec, field) == "auto":
                 spec = replace_fields(spec, {field: getattr(settings, field)})
+        if spec.calibration_folder is None and settings.calibration_folder is not None:
+            spec = replace_fields(spec, {"calibration_folder": settings.calibration_folder})
         specs.append(spec)
     for task, name in settings.default_models.items():
         default = next((spec for spec in specs if spec.name == name), None)

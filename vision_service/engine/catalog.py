@@ -165,6 +165,8 @@ class Catalog:
             if version not in versions:
                 raise ModelNotFound(f"model {name!r} has no version {version!r}; {choices(version, versions)}")
             return versions[version]
+        if len(versions) == 1:
+            return next(iter(versions.values()))
         newest_first = sorted(versions.values(), key=lambda host: version_key(host.spec.version), reverse=True)
         return next((host for host in newest_first if host.state is ModelState.READY), newest_first[0])
 

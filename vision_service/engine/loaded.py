@@ -18,8 +18,8 @@ from vision_service.engine.staging import Staging
 from vision_service.engine.tuning import LatencyCurve
 from vision_service.errors import ConfigError, InferenceFailed
 from vision_service.imaging.preprocess import content_hw, preprocess
-from vision_service.runtimes import Execution, Workload, choose_precision, compile_network
-from vision_service.types import PREDICTION_OF_TASK, ImageMeta, Params, Prediction, UInt8Array
+from vision_service.runtimes import Calibration, Execution, Workload, choose_precision, compile_network
+from vision_service.types import PREDICTION_OF_TASK, ImageMeta, InputArray, Params, Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ class Prepared:
     """An image ready for the network.
 
     Attributes:
-        pixels: uint8 ``[h, w, 3]`` RGB of the network's input size.
+        pixels: ``[h, w, 3]`` RGB of the network's input size, from `preprocess`.
         meta: how to go back.
         params: what the call chose.
     """
 
-    pixels: UInt8Array
+    pixels: InputArray
     meta: ImageMeta
     params: Params
 
@@ -113,11 +113,14 @@ class LoadedModel:
                 torch.from_numpy(self._example.pixels).unsqueeze(0),
                 max_batch_size=spec.batching.max_batch_size,
                 any_size=spec.preprocess.any_input_size,
+                described=spec.model_dump_json(include={"backend", "options", "preprocess", "classes"}),
+                calibration=Calibration(spec.calibration_folder, spec.preprocess) if spec.calibration_folder else None,
             ),
             runtime=spec.runtime,
             precision=choose_precision(spec.precision, device),
             device=device,
             execution=execution,
+            own_runtime=self.backend.own_runtime,
         )
         self._staging = Staging(pinned=device.type == "cuda")
         # Postprocessing of one batch shall not queue behind the forward pass of the next.

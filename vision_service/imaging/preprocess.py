@@ -19,9 +19,9 @@ from vision_service.config import PreprocessSpec
 from vision_service.errors import InvalidImage
 from vision_service.imaging import geometry
 from vision_service.imaging.geometry import Plan, Size
-from vision_service.types import Float32Array, ImageMeta, UInt8Array
+from vision_service.types import Float32Array, ImageMeta, InputArray, UInt8Array
 
-Interpolation = Literal["antialias", "bicubic_antialias", "bilinear", "area"]
+Interpolation = Literal["antialias", "bicubic_antialias", "bilinear", "bilinear_float", "area"]
 
 _CHANNELS_AT_ONCE = 64
 """OpenCV has a limit of 128 or 512 channels, depending on its version."""
@@ -29,7 +29,7 @@ _CHANNELS_AT_ONCE = 64
 
 def preprocess(
     image: UInt8Array, spec: PreprocessSpec, original_hw: Size | None = None
-) -> tuple[UInt8Array, ImageMeta]:
+) -> tuple[InputArray, ImageMeta]:
     """An image as the network's input.
 
     Args:
@@ -39,7 +39,8 @@ def preprocess(
 
     Returns:
         The input, uint8 ``[h, w, 3]`` RGB, C-contiguous (it may share memory with ``image`` when nothing had to be
-        done), and how to go back to the original; ``[h, w]`` is the meta's ``input_hw``.
+        done), and how to go back to the original; ``[h, w]`` is the meta's ``input_hw``. With ``bilinear_float`` it is
+        float32, in the same 0..255.
 
     Raises:
         InvalidImage: the image has more pixels than the spec allows.
@@ -59,18 +60,20 @@ def preprocess(
     return _place(resized, plan), plan.meta((height, width))
 
 
-def stack(inputs: Sequence[UInt8Array], batch: UInt8Array | None = None) -> UInt8Array:
+def stack(inputs: Sequence[InputArray], batch: InputArray | None = None) -> InputArray:
     """Inputs as one batch; smaller ones are padded right and bottom with black.
 
     Args:
-        inputs: N of uint8 ``[h, w, 3]``.
-        batch: where to put them, uint8 ``[N, H, W, 3]`` of the largest height and width; ``None``: into new memory.
+        inputs: N of ``[h, w, 3]``, all uint8 or all float32.
+        batch: where to put them, ``[N, H, W, 3]`` of the largest height and width, of their type; ``None``: into new
+            memory.
 
     Returns:
         The batch.
     """
     if batch is None:
-        batch = np.empty((len(inputs), *(max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1)), 3), np.uint8)
+        height, width = (max(pixels.shape[axis] for pixels in inputs) for axis in (0, 1))
+        batch = np.empty((len(inputs), height, width, 3), inputs[0].dtype)
     for row, pixels in zip(batch, inputs, strict=True):
         height, width = pixels.shape[:2]
         row[:height, :width] = pixels
@@ -171,8 +174,13 @@ def class_map_to_original(class_map: UInt8Array, meta: ImageMeta, unseen: int) -
     return result
 
 
-def _resize(image: UInt8Array, size_hw: Size, interpolation: Interpolation) -> UInt8Array:
+def _resize(image: UInt8Array, size_hw: Size, interpolation: Interpolation) -> InputArray:
     height, width = image.shape[:2]
+    if interpolation == "bilinear_float":
+        exact = image.astype(np.float32)
+        if (height, width) == size_hw:
+            return exact
+        return cast(Float32Array, cv2.resize(exact, size_hw[::-1], interpolation=cv2.INTER_LINEAR))
     if (height, width) == size_hw:
         return image
     if interpolation == "antialias":
@@ -207,15 +215,15 @@ def _as_tensor(image: UInt8Array) -> Tensor:
     return torch.from_numpy(image)
 
 
-def _place(resized: UInt8Array, plan: Plan) -> UInt8Array:
+def _place(resized: InputArray, plan: Plan) -> InputArray:
     (top, left), (height, width) = plan.offset_yx, plan.input_hw
     inner = resized[max(0, -top) : height - top, max(0, -left) : width - left]
     top, left = max(0, top), max(0, left)
     bottom, right = height - top - inner.shape[0], width - left - inner.shape[1]
     if not (top or left or bottom or right):
-        return np.ascontiguousarray(inner)
+        return cast(InputArray, np.ascontiguousarray(inner))
     border = cv2.BORDER_REPLICATE if plan.fill is None else cv2.BORDER_CONSTANT
-    return cast(UInt8Array, cv2.copyMakeBorder(inner, top, bottom, left, right, border, value=plan.fill or (0, 0, 0)))
+    return cast(InputArray, cv2.copyMakeBorder(inner, top, bottom, left, right, border, value=plan.fill or (0, 0, 0)))
 
 
 def _affine(meta: ImageMeta) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -31,7 +31,7 @@ from vision_service.engine.threads import usable_cores
 from vision_service.errors import ConfigError, InvalidImage, QueueFull, VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
-from vision_service.jobs.sources import is_url
+from vision_service.jobs.reading import read_item
 from vision_service.types import ParamOverrides, Prediction, Result, UInt8Array
 
 T = TypeVar("T")
@@ -208,22 +208,6 @@ class Predictor:
                 failed: Future[Result[Any]] = Future()
                 failed.set_exception(error)
                 return failed
-
-
-def read_item(item: Item, limits: DecodeLimits) -> bytes:
-    """Content of an image's file.
-
-    Raises:
-        InvalidImage: the file is larger than the limits allow.
-        OSError: it cannot be read.
-    """
-    if item.size_bytes > limits.max_bytes:
-        raise InvalidImage(f"{item.file} has {item.size_bytes} bytes, the limit is {limits.max_bytes}")
-    if is_url(item.file):
-        from vision_service.jobs.remote import read_url
-
-        return read_url(item.file)
-    return Path(item.file).read_bytes()
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], in_flight: int) -> Iterator[R]:

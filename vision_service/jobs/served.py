@@ -9,7 +9,8 @@ from vision_service.client import VisionClient
 from vision_service.errors import InvalidImage, ModelNotFound, VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
-from vision_service.jobs.predictor import digest, read_item
+from vision_service.jobs.predictor import digest
+from vision_service.jobs.reading import read_item
 from vision_service.model_info import ModelInfo
 from vision_service.types import ParamOverrides, Task
 

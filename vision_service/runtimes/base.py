@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_service.errors import ConfigError
+from vision_service.runtimes.calibration import Calibration
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
@@ -46,20 +47,19 @@ class Workload:
     """What a network will be given, and what is known of it.
 
     Attributes:
-        example: images of the kind it will see, uint8 ``[1, h, w, 3]``.
+        example: images of the kind it will see, ``[1, h, w, 3]``, uint8 or, for ``bilinear_float``, float32.
         max_batch_size: the largest batch.
         any_size: whether heights and widths other than the example's will come.
-        identity: stands for everything that decides what the network computes; equal ones may share a compiled
-            network. Empty: nothing is cached.
-        calibration: reads the images, uint8 ``[h, w, 3]`` as the network takes them, that an int8 network's scales are
-            measured on; ``None``: there are none.
+        described: what decides how the network was built, such as its options; with its parameters and its code, what
+            tells it from others in the cache.
+        calibration: the images that an int8 network's scales are measured on; ``None``: there are none.
     """
 
     example: Tensor
     max_batch_size: int = 8
     any_size: bool = False
-    identity: str = ""
-    calibration: Callable[[], Sequence[Tensor]] | None = None
+    described: str = ""
+    calibration: Calibration | None = None
 
 
 class Runtime(ABC):

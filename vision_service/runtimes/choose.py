@@ -51,6 +51,7 @@ def compile_network(
     precision: Precision,
     device: torch.device,
     execution: Execution | None = None,
+    own_runtime: str = "",
 ) -> Compiled:
     """Compile a network with a runtime, or with the first that ``auto`` may use and that can.
 
@@ -61,13 +62,16 @@ def compile_network(
         precision: see `Runtime.compile`.
         device: where it is to run.
         execution: what it may use.
+        own_runtime: the runtime that the network brings with it and calls itself; empty: none.
 
     Raises:
         ConfigError: the named runtime cannot run it, or none of ``auto``'s can; says why and what to do.
     """
+    if own_runtime:
+        return _run_by_itself(network, work, runtime, precision, device, execution, own_runtime)
     if runtime != "auto":
         forward = create_runtime(runtime, device, execution).compile(network, work, precision)
-        return Compiled(forward, runtime, precision, "chosen by runtime")
+        return Compiled(forward, runtime, precision, "chosen by name")
     refusals: list[str] = []
     for name in AUTO[device.type]:
         try:
@@ -77,7 +81,24 @@ def compile_network(
         except ConfigError as error:
             if isinstance(error, CannotCompile):
                 logger.warning("runtime %s cannot take the network, another is tried: %s", name, str(error))
-            refusals.append(f"{name}: {error}")
+            refusals.append(f"not {name}: {error}")
             continue
-        return Compiled(forward, name, precision, "; ".join(("auto", *(f"not {refusal}" for refusal in refusals))))
+        return Compiled(forward, name, precision, "; ".join((f"auto on {device.type}", *refusals)))
     raise ConfigError(f"no runtime can run this in {precision} on {device}: {'; '.join(refusals)}")
+
+
+def _run_by_itself(
+    network: nn.Module,
+    work: Workload,
+    runtime: str,
+    precision: Precision,
+    device: torch.device,
+    execution: Execution | None,
+    own_runtime: str,
+) -> Compiled:
+    if runtime not in ("auto", own_runtime):
+        raise ConfigError(f"this model's file is run by {own_runtime} itself; use runtime auto or {own_runtime}")
+    if precision in ("bf16", "int8"):
+        raise ConfigError(f"this model's file, run by {own_runtime}, has its own precision; use precision auto")
+    forward = create_runtime("torch", device, execution).compile(network, work, precision)
+    return Compiled(forward, own_runtime, precision, f"the backend runs its file in {own_runtime} itself")

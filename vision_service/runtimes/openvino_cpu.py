@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vision_service.errors import ConfigError
-from vision_service.runtimes._exported import export_network, first_line
+from vision_service.runtimes import _int8
+from vision_service.runtimes._buckets import bucket_of, bucket_sizes, fill_up
+from vision_service.runtimes._exported import check_agreement, export_network, first_line, probe
 from vision_service.runtimes._openvino_library import load_library
 from vision_service.runtimes.base import (
     CannotCompile,
@@ -21,21 +24,30 @@ from vision_service.runtimes.base import (
     Workload,
     is_out_of_memory,
 )
+from vision_service.runtimes.cache import CompileCache
+from vision_service.runtimes.fingerprint import fingerprint
 from vision_service.runtimes.torch_eager import does_not_fit
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+_FILE = "network.xml"
 
 
 class OpenVino(Runtime):
-    """Converts the network by `torch.export` and runs it with as many threads as it is given, one request at a time."""
+    """Converts the network by `torch.export` and runs it with as many threads as it is given, one request at a time.
+
+    Outputs in fp32 agree with the network's own to 1e-5 of the largest value in the tests; a conversion that disagrees
+    is refused. Networks that cannot be exported for any batch size (torchvision's two-stage detectors) are compiled for
+    some, and batches are filled up.
+    """
 
     name = "openvino"
-    precisions: ClassVar[Mapping[str, tuple[Precision, ...]]] = {"cpu": ("fp32", "bf16")}
+    precisions: ClassVar[Mapping[str, tuple[Precision, ...]]] = {"cpu": ("fp32", "bf16", "int8")}
 
     def __init__(self, device: torch.device, execution: Execution | None = None) -> None:
         super().__init__(device, execution)
         self._openvino = load_library("openvino", "openvino")
         self._core: Any = self._openvino.Core()
+        self._cache = CompileCache(self.execution.cache_dir)
 
     @property
     def version(self) -> str:
@@ -51,7 +63,62 @@ class OpenVino(Runtime):
     def compile(self, network: nn.Module, work: Workload, precision: Precision) -> Forward:
         """See `Runtime.compile`."""
         self.check_precision(precision)
-        model = self._convert(network, work)
+        if precision == "int8":
+            _int8.need_calibration(work)
+        identity = fingerprint(network.eval(), work.described) if self._cache.folder is not None else ""
+        try:
+            return self._forward(self._model(network, work, precision, identity, None), precision)
+        except CannotCompile:
+            if work.any_size:  # as many sizes as the photos have, each to be compiled
+                raise
+        sizes = bucket_sizes(work.max_batch_size)
+        forwards = {
+            size: self._forward(self._model(network, work, precision, identity, size), precision) for size in sizes
+        }
+
+        def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
+            count = len(images)
+            size = bucket_of(count, sizes)
+            outputs = forwards[size](fill_up(images, size), fill_up(sizes_hw, size))
+            return tuple(output[:count] for output in outputs)
+
+        return forward
+
+    def _model(self, network: nn.Module, work: Workload, precision: Precision, identity: str, batch: int | None) -> Any:
+        """Takes uint8 ``[?, h, w, 3]`` and int64 ``[?, 2]``; comes from the cache, or is made and kept there."""
+        shape = [-1 if batch is None else batch, *([-1, -1] if work.any_size else work.example.shape[1:3]), 3]
+        parts = ["openvino", self.version, identity, str(shape)]
+        if precision == "int8":
+            nncf = load_library("nncf", "int8")
+            parts += ["int8", nncf.__version__, _int8.need_calibration(work).digest()]
+        entry = self._cache.find(*parts)
+        if entry is not None:
+            return self._core.read_model(entry / _FILE)
+        model = self._convert(network, work, batch, shape)
+        if precision == "int8":
+            model = _int8.quantize(model, work)
+
+        def write(folder: Path) -> None:
+            self._openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
+
+        self._cache.store(write, *parts)
+        return model
+
+    def _convert(self, network: nn.Module, work: Workload, batch: int | None, shape: list[int]) -> Any:
+        exported = export_network(network, work, batch)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = self._openvino.convert_model(exported)
+        except Exception as error:  # its errors have no base class of their own
+            raise CannotCompile(f"OpenVINO cannot convert the network: {first_line(error)}") from error
+        images, sizes_hw = model.inputs
+        model.reshape({images: shape, sizes_hw: [shape[0], 2]})
+        example = probe(work, batch or 3)
+        check_agreement(self._forward(model, "fp32")(*example), network, *example)
+        return model
+
+    def _forward(self, model: Any, precision: Precision) -> Forward:
         hints = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],  # by itself it takes bf16 where there is any
             "INFERENCE_NUM_THREADS": self.threads,
@@ -62,25 +129,8 @@ class OpenVino(Runtime):
         try:
             compiled = self._core.compile_model(model, "CPU", hints)
         except RuntimeError as error:
-            raise CannotCompile(f"OpenVINO cannot compile the network ({first_line(error)})") from error
-        return self._forward(compiled)
-
-    def _convert(self, network: nn.Module, work: Workload) -> Any:
-        """An OpenVINO model: uint8 ``[?, h, w, 3]`` and int64 ``[?, 2]`` in."""
-        exported = export_network(network, work)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = self._openvino.convert_model(exported)
-        except Exception as error:  # its errors have no base class of their own
-            raise CannotCompile(f"OpenVINO cannot convert the network ({first_line(error)})") from error
-        height, width = (-1, -1) if work.any_size else work.example.shape[1:3]
-        images, sizes_hw = model.inputs
-        model.reshape({images: [-1, height, width, 3], sizes_hw: [-1, 2]})
-        return model
-
-    def _forward(self, compiled: Any) -> Forward:
-        request = compiled.create_infer_request()
+            raise CannotCompile(f"OpenVINO cannot compile the network: {first_line(error)}") from error
+        request, count = compiled.create_infer_request(), len(compiled.outputs)
 
         def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
             try:
@@ -90,7 +140,7 @@ class OpenVino(Runtime):
                 if not is_out_of_memory(error):
                     raise
             else:
-                return tuple(torch.from_numpy(found[index]) for index in range(len(compiled.outputs)))
+                return tuple(torch.from_numpy(found[index]) for index in range(count))
             raise does_not_fit(images, self.device)
 
         return forward

@@ -11,7 +11,11 @@ from vision_service.runtimes.base import Execution, Runtime
 
 RUNTIMES: dict[str, str] = {
     "torch": "vision_service.runtimes.torch_eager:TorchEager",
+    "torch_compile": "vision_service.runtimes.torch_compiled:TorchCompile",
+    "torch_cuda_graphs": "vision_service.runtimes.torch_cuda_graphs:TorchCudaGraphs",
     "openvino": "vision_service.runtimes.openvino_cpu:OpenVino",
+    "onnxruntime": "vision_service.runtimes.onnx_runtime:OnnxRuntime",
+    "tensorrt": "vision_service.runtimes.tensorrt:TensorRt",
 }
 
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("openvino", "torch"), "cuda": ("torch",)}

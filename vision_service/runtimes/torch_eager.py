@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -30,25 +30,33 @@ class TorchEager(Runtime):
     def compile(self, network: nn.Module, work: Workload, precision: Precision) -> Forward:
         """See `Runtime.compile`. Takes every network."""
         self.check_precision(precision)
-        module = to_device(network, self.device, precision)
+        return run_on(to_device(network, self.device, precision), self.device)
 
-        @torch.inference_mode()
-        def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
-            try:
-                on_device = (tensor.to(self.device, non_blocking=True) for tensor in (images, sizes_hw))
-                outputs: tuple[Tensor, ...] = module(*on_device)
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-                return outputs
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not is_out_of_memory(error):
-                    raise
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            # Raised out here so that it holds no frame that holds the batch's tensors.
-            raise does_not_fit(images, self.device)
 
-        return forward
+def run_on(function: Callable[[Tensor, Tensor], Sequence[Tensor]], device: torch.device) -> Forward:
+    """A function of tensors on a device as a `Forward`.
+
+    Args:
+        function: uint8 ``[N, h, w, 3]`` and int64 ``[N, 2]`` to tensors that are its caller's.
+        device: where its arguments are to be.
+    """
+
+    @torch.inference_mode()
+    def forward(images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
+        try:
+            outputs = tuple(function(*(tensor.to(device, non_blocking=True) for tensor in (images, sizes_hw))))
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            return outputs
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        # Raised out here so that it holds no frame that holds the batch's tensors.
+        raise does_not_fit(images, device)
+
+    return forward
 
 
 def to_device(network: nn.Module, device: torch.device, precision: Precision) -> nn.Module:

@@ -262,7 +262,7 @@ def serve(settings: ServerSettings, options: ReplicaOptions, address: str, on_re
         raise InvalidInput("host", "has no effect here: Serve's proxy listens on every address of its node")
     stop = threading.Event()
     port = settings.port or _free_port()
-    with connected(address):
+    with connected(address, show_logs=True):
         from ray import serve as ray_serve
 
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets handlers of its own

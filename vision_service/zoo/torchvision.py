@@ -140,8 +140,10 @@ def _detector(name: str, member: Any) -> dict[str, Any]:
     zero_eps = name in _ZERO_EPS and member.name == "COCO_V1"
     return {
         "options": {"arch": name} | ({"zero_eps": True} if zero_eps else {}),
-        # The library resizes with torch's `interpolate`, which does not filter.
-        "preprocess": _preprocess(resize, "bilinear", transform.image_mean, transform.image_std),
+        # The library resizes float tensors with torch's `interpolate`, which does not filter, on whole photos.
+        "preprocess": _preprocess(
+            resize, "bilinear_float", transform.image_mean, transform.image_std, exact_decode=True
+        ),
         "params": Params(
             score_threshold=DETECTION_SCORE,
             iou_threshold=head.nms_thresh,
@@ -165,11 +167,12 @@ def _one(size: list[int] | int) -> int:
     return side
 
 
-def _preprocess(resize: Any, interpolation: Any, mean: Any, std: Any) -> PreprocessSpec:
+def _preprocess(resize: Any, interpolation: Any, mean: Any, std: Any, *, exact_decode: bool = False) -> PreprocessSpec:
     """Torchvision's mean and std are of values from 0 to 1."""
     return PreprocessSpec(
         resize=resize,
         interpolation=interpolation,
         mean=tuple(255 * value for value in mean),
         std=tuple(255 * value for value in std),
+        exact_decode=exact_decode,
     )

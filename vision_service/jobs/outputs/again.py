@@ -10,7 +10,7 @@ import cv2
 from vision_service.errors import InvalidImage
 from vision_service.imaging.decode import DecodeLimits, decode_image
 from vision_service.jobs.items import Item
-from vision_service.jobs.predictor import read_item
+from vision_service.jobs.reading import read_item
 from vision_service.records import Record
 from vision_service.types import UInt8Array
 

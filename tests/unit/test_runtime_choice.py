@@ -1,0 +1,128 @@
+"""Which runtime a network gets, and how it is told."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import tiny_spec
+from tests.onnx_files import tiny_onnx
+from vision_service.config.settings import ServerSettings
+from vision_service.engine.build import local_pipeline, resolve_specs
+from vision_service.engine.catalog import Catalog
+from vision_service.errors import ConfigError
+from vision_service.runtimes import Workload, choose_precision, compile_network
+
+CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
+
+
+class Served(nn.Module):
+    def __init__(self, looks_at_values: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+        self.looks_at_values = looks_at_values
+
+    def forward(self, images, sizes_hw):
+        x = self.layer(images.permute(0, 3, 1, 2).to(self.layer.weight.dtype))
+        if self.looks_at_values and x.mean().item() > 1e9:
+            x = -x
+        return (x.mean((2, 3)),)
+
+
+def chosen(network, runtime="auto", precision="fp32", **more):
+    work = Workload(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
+    return compile_network(network, work, runtime=runtime, precision=precision, device=CPU, **more)
+
+
+@needs_openvino
+def test_auto_on_a_cpu_is_openvino():
+    compiled = chosen(Served())
+    assert (compiled.runtime, compiled.precision, compiled.reason) == ("openvino", "fp32", "auto on cpu")
+
+
+@needs_openvino
+def test_what_cannot_be_converted_falls_back_with_the_reason(caplog):
+    compiled = chosen(Served(looks_at_values=True), precision="bf16")
+    assert (compiled.runtime, compiled.precision) == ("torch", "bf16")
+    assert "not openvino: the network cannot be exported as a graph" in compiled.reason
+    assert "runtime openvino cannot take the network" in caplog.text
+    with pytest.raises(ConfigError, match="cannot be exported as a graph"):
+        chosen(Served(looks_at_values=True), "openvino")
+    with pytest.raises(ConfigError, match=r"no runtime can run this in int8 on cpu: not openvino: .*; not torch: "):
+        chosen(Served(looks_at_values=True), precision="int8")
+
+
+def test_auto_without_openvino_is_torch_and_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    compiled = chosen(Served())
+    assert compiled.runtime == "torch"
+    assert r"pip install 'vision-service[openvino]'" in compiled.reason
+
+
+@needs_openvino
+def test_a_conversion_that_disagrees_is_refused(monkeypatch):
+    from vision_service.runtimes import _exported
+
+    monkeypatch.setattr(_exported, "_TOLERANCE", -1.0)  # nothing is near enough
+    compiled = chosen(Served())
+    assert compiled.runtime == "torch"
+    assert "disagrees with the original in 100% of output 0" in compiled.reason
+
+
+def test_precision_by_device():
+    assert choose_precision("auto", CPU) == "fp32"
+    assert choose_precision("auto", torch.device("cuda:0")) == "fp16"
+    assert choose_precision("int8", CPU) == "int8"
+
+
+def test_a_backend_that_brings_its_runtime():
+    pytest.importorskip("onnxruntime")
+    fields = {"backend": "onnx_classifier", "classes": ("a", "b", "c"), "weights": tiny_onnx("classify")}
+    size = {"preprocess": {"resize": {"mode": "stretch", "size_hw": (64, 64)}}}
+    catalog = Catalog()
+    info = catalog.info(catalog.load(tiny_spec(**fields | size)))
+    assert (info.runtime, info.precision) == ("onnxruntime", "fp32")
+    assert "runs its file in onnxruntime itself" in info.runtime_reason
+    catalog.close()
+    for change, clause in (
+        ({"runtime": "openvino"}, "use runtime auto or onnxruntime"),
+        ({"precision": "bf16"}, "has its own precision"),
+    ):
+        with pytest.raises(ConfigError, match=clause):
+            Catalog().load(tiny_spec(**fields | size | change))
+
+
+def test_settings_reach_models_that_say_auto(tmp_path):
+    settings = ServerSettings.read(
+        models=("mobilenet_v2", "nanodet_g"),
+        runtime="torch",
+        precision="bf16",
+        calibration_folder=tmp_path,
+        model={"nanodet_g": {"runtime": "openvino", "precision": "int8", "calibration_folder": "/other"}},
+    )
+    one, other = resolve_specs(settings)
+    assert (one.runtime, one.precision, one.calibration_folder) == ("torch", "bf16", tmp_path)
+    assert (other.runtime, other.precision, str(other.calibration_folder)) == ("openvino", "int8", "/other")
+
+
+def test_the_cache_lies_beside_the_weights(tmp_path):
+    assert ServerSettings.read(weights_dir=tmp_path / "weights").compile_cache_dir == tmp_path / "compiled"
+    assert ServerSettings.read(compile_cache_dir=tmp_path / "x").compile_cache_dir == tmp_path / "x"
+    with pytest.raises(ConfigError, match="weights_dir"):
+        ServerSettings.read(weights_dir=3)
+
+
+def test_a_served_model_says_how_it_runs(samples, caplog):
+    with (
+        caplog.at_level("INFO"),
+        local_pipeline(["selfie_segmentation"], runtime="torch", precision="bf16") as pipeline,
+    ):
+        info = pipeline.catalog.info(pipeline.catalog.hosts()[0])
+        assert (info.runtime, info.precision, info.runtime_reason) == ("torch", "bf16", "chosen by name")
+        assert (pipeline.predict(samples["astronaut"], task="segment").prediction.class_map == 1).mean() > 0.1
+    assert "selfie_segmentation:1: runtime torch, bf16 (chosen by name)" in caplog.text
