@@ -51,7 +51,7 @@ class Peer:
     Attributes:
         package: on PyPI.
         path: of its method and the kind of body, for `HttpConnection`.
-        workers: processes that run the network; found by ``--tune`` on two cores.
+        workers: processes that run the network; what ``--tune`` found best on two cores.
     """
 
     package: str
@@ -60,7 +60,7 @@ class Peer:
 
 
 PEERS = {
-    "litserve": Peer("litserve", "/predict#form", 2),
+    "litserve": Peer("litserve", "/predict#form", 1),
     "mosec": Peer("mosec", "/inference#raw", 1),
     "ray": Peer("ray", "/#raw", 1),
 }
