@@ -16,7 +16,7 @@ BENCH_INSTALLED := $(BENCH_VENV)/.installed
 
 IMAGE_TARGET ?= cpu
 
-.PHONY: help image install demo test lint format protos fidelity batch-rate fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
+.PHONY: help image ray-two-nodes install demo test lint format protos fidelity batch-rate fidelity-short train-fidelity train-segnet bench bench-short bench-gpu soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -96,6 +96,9 @@ $(BENCH_INSTALLED): $(INSTALLED) benchmarks/peers/requirements.txt
 
 image: install ## Build docker/Dockerfile with buildah on a debootstrap base and run it (needs root)
 	TARGET=$(IMAGE_TARGET) docker/build_and_run.sh
+
+ray-two-nodes: install ## Run a job on a Ray of two nodes, kill one, compare with the same job without Ray
+	$(BIN)/python scripts/ray_two_nodes.py
 
 clean: ## Remove .venv and everything generated
 	rm -rf $(VENV) $(YOLO_DIR) $(BENCH_VENV) dist build demo-output results .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,7 @@ clean_up() {
 trap clean_up EXIT
 
 say() { printf '%s\n' "$*"; }
+size_of() { du -sc --si --apparent-size "$@" 2>/dev/null | tail -1 | cut -f1; }
 seconds_since() { awk -v a="$1" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }'; }
 
 make_base() {
@@ -40,14 +41,17 @@ make_base() {
 
 # What pip is set up with on this machine, less what lies on its disk, for the time of the build.
 pip_secrets() {
+  local config cert
+  config=$(python3 -m pip config list)
   if [ -n "${PIP_CONF:-}" ]; then
     cp "$PIP_CONF" "$work/pip.conf"
   else
-    { printf '[global]\n'; python3 -m pip config list | sed -nE "s/^global\.((extra-)?index-url|proxy|trusted-host)='([^']*)'$/\1 = \3/p" | grep -v 'file:'; } >"$work/pip.conf" || true
-    python3 -m pip config list | grep -q '\.cert=' && printf 'cert = /run/secrets/ca_bundle\n' >>"$work/pip.conf"
+    printf '[global]\n' >"$work/pip.conf"
+    sed -nE "/file:/d; s/^global\.((extra-)?index-url|proxy|trusted-host)='([^']*)'$/\1 = \3/p" <<<"$config" >>"$work/pip.conf"
+    ! grep -q '\.cert=' <<<"$config" || printf 'cert = /run/secrets/ca_bundle\n' >>"$work/pip.conf"
   fi
-  python3 -m pip config list | sed -nE "s/^[^=]*\.cert='([^']*)'$/\1/p" | head -1 | xargs -r -I{} cp {} "$work/ca.pem"
-  [ -f "$work/ca.pem" ] || : >"$work/ca.pem"
+  cert=$(sed -nE "s/^[^=]*\.cert='([^']*)'$/\1/p" <<<"$config" | head -1)
+  cp "${cert:-/dev/null}" "$work/ca.pem"
 }
 
 build() {
@@ -84,7 +88,8 @@ serve() {
 # The image's own health check, where the server runs.
 health() {
   mapfile -d '' -t user < <(as_user)
-  nsenter --target "$init" --mount --pid --root --wd=/ env -i PATH=/opt/venv/bin:/usr/bin:/bin "VISION_SERVICE_PORT=$1" \
+  mapfile -t environment < <(image_env)
+  nsenter --target "$init" --mount --pid --root --wd=/ env -i "${environment[@]}" "VISION_SERVICE_PORT=$1" \
     "${user[@]}" vision-service health
 }
 
@@ -116,11 +121,14 @@ make_base
 pip_secrets
 build
 say "built in $(seconds_since "$started") s (layers that had not changed were taken from the last build)"
-say "size: $(buildah images --format '{{.Size}}' "$IMAGE"), of which base: $(buildah images --format '{{.Size}}' "$BASE")"
+say "size: $(buildah images --format '{{.Size}}' "$IMAGE"), of which the Debian base $(buildah images --format '{{.Size}}' "$BASE")"
 say "user: $(buildah inspect --type image --format '{{.OCIv1.Config.User}}' "$IMAGE")"
 say "health check: $(buildah inspect --type image --format '{{.Docker.Config.Healthcheck.Test}}' "$IMAGE")"
 container=$(buildah from "$IMAGE")
 root=$(buildah mount "$container")
+packages=$(echo "$root"/opt/venv/lib/python3*/site-packages)
+say "in it: CUDA's libraries and compiler $(size_of "$packages"/nvidia "$packages"/triton), torch $(size_of "$packages"/torch), other packages" \
+  "$(size_of "$root/opt/venv" --exclude nvidia --exclude triton --exclude torch), vision-service with four models $(size_of "$root/opt/app")"
 
 say "--- serve, as $(buildah inspect --type image --format '{{.OCIv1.Config.User}}' "$IMAGE"), without capabilities, with a read-only root and no cache"
 port=$(free_port)

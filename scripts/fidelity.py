@@ -25,7 +25,7 @@ from fidelity_page import Page, Run, Section
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pycocotools", "onnxruntime", "onnx", "ai-edge-litert")
 
-SECTIONS = ("embedded", "darknet", "smp_timm", "torchvision", "trained", "ultralytics")
+SECTIONS = ("embedded", "darknet", "smp_timm", "torchvision", "trained", "runtimes", "ultralytics")
 """In the page's order. NAME is the constant `SECTION` of the module fidelity_NAME."""
 
 INTRODUCTION = """# Fidelity

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import pytest
 
-from tests.helpers import red_image, tiny_manifest
+from tests.helpers import ROOT, red_image, tiny_manifest
 from tests.ray_cluster import two_nodes
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import resolve_specs
@@ -82,3 +86,21 @@ def test_a_node_dies_and_all_is_there_and_equal_to_the_byte(nodes, photos, manif
     assert "055.png: image: text that starts with" in said
     check(output, photos, manifest)
     assert len(list(output.glob("parts/*"))) == 10
+
+
+@pytest.mark.timeout(400)
+def test_the_command_in_the_page_about_scale_runs_on_a_ray_of_its_own(tmp_path):
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.DOTALL)
+    (tmp_path / "samples").mkdir()
+    for photo in (ROOT / "samples").glob("*.jpg"):
+        (tmp_path / "samples" / photo.name).symlink_to(photo)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        shlex.split(block), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / ".ray").exists()
+    rows = [json.loads(line) for line in (tmp_path / "on-ray" / "results.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["samples/astronaut.jpg", "samples/chelsea.jpg", "samples/coffee.jpg"]
+    assert rows[0]["detections"][0]["class_name"] == "person"

@@ -15,7 +15,7 @@ from tests.helpers import ROOT, run_server
 from vision_service.cli import app
 from vision_service.config.settings import ServerSettings
 
-PAGES = ["README.md", "docs/client.md"]
+PAGES = ["README.md", "docs/client.md", "docs/docker.md"]
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -55,7 +55,11 @@ def test_programs_run(page, number, port, folder):
 
 def commands():
     lines = "\n".join(block for page in PAGES for block in blocks(page, "bash")).splitlines()
-    return [line for line in lines if line.startswith(("vision-service client", "vision-service models"))]
+    return [
+        line
+        for line in lines
+        if line.startswith(("vision-service client", "vision-service models", "vision-service health"))
+    ]
 
 
 def test_there_are_commands_to_run():
@@ -72,6 +76,21 @@ def test_predict_command_writes_pictures_and_results(folder):
     run(shlex.split(line), folder)
     assert len((folder / "results" / "results.jsonl").read_text().splitlines()) == 3
     assert len(list((folder / "results").rglob("*.png")) + list((folder / "results").rglob("*.jpg"))) == 3
+
+
+@pytest.mark.timeout(240)
+def test_the_page_about_batches_runs(port, folder, monkeypatch):
+    """In this process, in the order of the page."""
+    monkeypatch.chdir(folder)
+    for line in "\n".join(blocks("docs/batch.md", "bash")).splitlines():
+        if line.startswith("vision-service "):
+            words = shlex.split(line.replace("localhost:50051", f"localhost:{port}"))
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+        else:
+            subprocess.run(line, shell=True, check=True, cwd=folder)
+    assert len((folder / "two-models" / "results.jsonl").read_text().splitlines()) == 6
+    assert (folder / "tables" / "results.parquet").exists()
 
 
 @pytest.mark.timeout(240)

@@ -6,13 +6,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from vision_service.backends._detection import select_each, select_together  # noqa: E402
+from vision_service.backends.table import create_backend  # noqa: E402
 from vision_service.config.settings import EMBEDDED_MODELS  # noqa: E402
 from vision_service.engine.build import local_pipeline  # noqa: E402
 from vision_service.engine.loaded import Prepared  # noqa: E402
 from vision_service.errors import DeviceOutOfMemory  # noqa: E402
 from vision_service.imaging.decode import decode_image  # noqa: E402
 from vision_service.imaging.preprocess import preprocess  # noqa: E402
+from vision_service.runtimes import CannotCompile, Execution, Workload, create_runtime  # noqa: E402
 from vision_service.types import Params, Task  # noqa: E402
+from vision_service.weights.manifest import find_model  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -94,3 +97,33 @@ def test_suppression_there_keeps_what_it_keeps_on_the_cpu():
     there, counts_there = select_together(boxes.cuda(), scores.cuda(), params)
     assert counts_there == counts
     np.testing.assert_allclose(there, each)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("runtime", ["torch", "torch_compile", "torch_cuda_graphs", "tensorrt"])
+def test_runtimes_agree_with_the_cpu_at_every_batch_size(runtime, precision, tmp_path):
+    if runtime == "tensorrt":
+        pytest.importorskip("torch_tensorrt")
+    spec = find_model("mobilenet_v2", [])
+    images = torch.randint(0, 256, (8, 224, 224, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    sizes_hw = torch.tensor([[224, 224]] * 8)
+    with torch.inference_mode():
+        expected = create_backend(spec).build().eval()(images, sizes_hw)[0]
+    network = create_backend(spec).build()
+    forward = create_runtime(runtime, torch.device("cuda:0"), Execution(1, tmp_path)).compile(
+        network, Workload(images[:1], 8, described="test"), precision
+    )
+    bound = {"fp32": 1e-2, "bf16": 0.1, "fp16": 0.02}[precision] * expected.abs().max().item()  # TF32 rounds fp32
+    for count in (1, 2, 3, 5, 8):
+        (output,) = forward(images[:count], sizes_hw[:count])
+        kept = output.clone()
+        torch.testing.assert_close(output.float().cpu(), expected[:count], atol=bound, rtol=0)
+        forward(images.flip(0)[:count], sizes_hw[:count])
+        assert torch.equal(output, kept), "a later call wrote over it"
+
+
+def test_inputs_of_several_sizes_are_not_recorded():
+    network = create_backend(find_model("esrgan_slim_x2", [])).build()
+    work = Workload(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), any_size=True)
+    with pytest.raises(CannotCompile, match="inputs differ in size"):
+        create_runtime("torch_cuda_graphs", torch.device("cuda:0")).compile(network, work, "fp16")

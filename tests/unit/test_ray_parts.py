@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from tests.helpers import ROOT, red_image
+from tests.helpers import ROOT, red_image, tiny_spec
 from vision_service.cli import app
 from vision_service.errors import ConfigError, InvalidImage, QueueFull, error_classes
 from vision_service.imaging.decode import DecodeLimits
@@ -136,12 +136,27 @@ def test_decoding_leaves_pixels_or_a_reason(tmp_path, monkeypatch):
     (tmp_path / "good.png").write_bytes(cv2.imencode(".png", red_image(7)[..., ::-1])[1].tobytes())
     (tmp_path / "bad.png").write_bytes(b"not an image")
     items = [Item(name, PurePosixPath(name)) for name in ("good.png", "bad.png", "none.png")]
-    blocks = list(Decode(DecodeLimits(), str(tmp_path))(pack(items)))
+    blocks = list(Decode(DecodeLimits(), None, str(tmp_path))(pack(items)))
     good, bad, none = (one for block in blocks for one in unpack(block))
     assert (good.pixels == red_image(7)).all()
     assert "not an image" in str(bad.failures[0].error)
     assert not bad.failures[0].passing
     assert "No such file" in str(none.failures[0].error)
+    assert none.failures[0].passing
+
+
+def test_a_jpeg_that_the_only_model_decodes_smaller_is_left_to_it(tmp_path, monkeypatch):
+    import cv2
+
+    monkeypatch.chdir(tmp_path)
+    only = tiny_spec().preprocess
+    for name, side in (("large.jpg", 512), ("small.jpg", 16)):
+        (tmp_path / name).write_bytes(cv2.imencode(".jpg", red_image(7, side, side))[1].tobytes())
+    items = [Item(name, PurePosixPath(name)) for name in ("large.jpg", "small.jpg", "none.jpg")]
+    blocks = list(Decode(DecodeLimits(), only, str(tmp_path))(pack(items)))
+    large, small, none = (one for block in blocks for one in unpack(block))
+    assert large == (items[0], (tmp_path / "large.jpg").read_bytes())
+    assert small.pixels.shape == (16, 16, 3)
     assert none.failures[0].passing
 
 

@@ -34,6 +34,14 @@ class Served(nn.Module):
         return (x.mean((2, 3)),)
 
 
+class Ranked(nn.Module):
+    """Returns its best twenty cells, or all where there are fewer, as torchvision's detectors do."""
+
+    def forward(self, images, sizes_hw):
+        cells = images.float().mean(3)[:, ::16, ::16].flatten(1)
+        return (cells.topk(min(20, cells.shape[1]), dim=1).values,)
+
+
 def chosen(network, runtime="auto", precision="fp32", **more):
     work = Workload(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
     return compile_network(network, work, runtime=runtime, precision=precision, device=CPU, **more)
@@ -72,6 +80,26 @@ def test_a_conversion_that_disagrees_is_refused(monkeypatch):
     compiled = chosen(Served())
     assert compiled.runtime == "torch"
     assert "disagrees with the original in 100% of output 0" in compiled.reason
+
+
+@pytest.mark.parametrize("example_hw", [(32, 32), (256, 256)])
+def test_a_graph_that_is_right_at_one_size_alone_is_not_taken_for_any(example_hw):
+    work = Workload(torch.zeros(1, *example_hw, 3, dtype=torch.uint8), any_size=True)
+    compiled = compile_network(Ranked(), work, runtime="auto", precision="fp32", device=CPU)
+    for height, width in ((32, 32), (64, 96), (256, 128), (320, 256)):
+        images = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+        sizes_hw = torch.tensor([[height, width]] * 2)
+        torch.testing.assert_close(compiled.forward(images, sizes_hw), Ranked()(images, sizes_hw))
+
+
+def test_a_network_in_bf16_keeps_its_batch_norms_in_float32():
+    from vision_service.runtimes.torch_eager import to_device
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert [p.dtype for p in to_device(body, CPU, "bf16").parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    first = to_device(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), CPU, "bf16")
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}, "it would hand float32 to the next layer"
 
 
 def test_precision_by_device():

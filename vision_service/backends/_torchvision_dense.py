@@ -63,7 +63,7 @@ def clip_boxes(boxes_xyxy: Tensor, sizes_hw: Tensor) -> Tensor:
         sizes_hw: ``[N, 2]``, height and width.
     """
     limits = sizes_hw.flip(1).repeat(1, 2).to(boxes_xyxy.dtype)  # [N, 4] as w, h, w, h
-    limits = limits.reshape(len(sizes_hw), *[1] * (boxes_xyxy.ndim - 2), 4)
+    limits = limits.reshape(sizes_hw.shape[0], *[1] * (boxes_xyxy.ndim - 2), 4)
     return torch.minimum(boxes_xyxy.clamp(min=0), limits)
 
 
@@ -172,7 +172,7 @@ class DenseSSD(nn.Module):
         (anchors,) = self.detector.anchor_generator(
             sizes, [f.new_empty(f.shape, dtype=torch.float32) for f in features]
         )
-        anchors = anchors.expand(len(images), -1, -1).reshape(-1, 4)
+        anchors = anchors.expand(images.shape[0], -1, -1).reshape(-1, 4)
         boxes = self.detector.box_coder.decode_single(deltas.reshape(-1, 4), anchors).view_as(deltas)
         scores = head["cls_logits"].float().softmax(dim=2)
         columns = scores.transpose(1, 2)[:, 1:]  # [N, C - 1, A]

@@ -30,6 +30,9 @@ Runtime = Annotated[
     str | None, typer.Option(help="How models are executed: auto, torch, openvino, ...; see docs/runtimes.md.")
 ]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16 or int8.")]
+CalibrationFolder = Annotated[
+    Path | None, typer.Option(help="Photos like those that will come, for precision int8.", file_okay=False)
+]
 
 Engine = Annotated[Literal["local", "ray"], typer.Option(help="Where the work is done: in this process, or on Ray.")]
 RayAddress = Annotated[

@@ -23,6 +23,7 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     runtime: options.Runtime = None,
     precision: options.Precision = None,
+    calibration_folder: options.CalibrationFolder = None,
     list_file: job.ListFile = None,
     every: job.Every = None,
     every_s: job.EverySeconds = None,
@@ -96,7 +97,13 @@ def predict(
     options.check_engine(engine, {"ray_address": ray_address, "worker_gpus": worker_gpus})
     choices.check(models)
     chosen: dict[str, Any] = {
-        name: value for name, value in (("runtime", runtime), ("precision", precision)) if value is not None
+        name: value
+        for name, value in (
+            ("runtime", runtime),
+            ("precision", precision),
+            ("calibration_folder", calibration_folder),
+        )
+        if value is not None
     }
     settings = ServerSettings.read(models=tuple(specs), device=device, manifests=tuple(manifest or ()), **chosen)
     if engine == "ray" and output is not None:

@@ -29,6 +29,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     runtime: options.Runtime = None,
     precision: options.Precision = None,
+    calibration_folder: options.CalibrationFolder = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     engine: options.Engine = "local",
@@ -61,6 +62,7 @@ def serve(
         "device": device,
         "runtime": runtime,
         "precision": precision,
+        "calibration_folder": calibration_folder,
         "log_level": log_level.upper() if log_level else None,
         "log_format": log_format,
     }

@@ -121,6 +121,8 @@ class RayPredictor:
         self._ray = ray
         self._options = options or ActorOptions()
         self.limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+        specs = resolve_specs(settings)
+        self._only = specs[0].preprocess if len(specs) == 1 else None
         own = settings.model_dump(mode="json", exclude_unset=True, exclude={"host", "port"})
         self._recipe = Recipe(own, overrides or ParamOverrides(), batch_size, os.getcwd())  # noqa: PTH109
 
@@ -171,7 +173,7 @@ class RayPredictor:
             found = (
                 data.from_arrow_refs(blocks)
                 .map_batches(
-                    Decode(self.limits, self._recipe.folder),
+                    Decode(self.limits, self._only, self._recipe.folder),
                     batch_size=None,
                     batch_format="pyarrow",
                     num_cpus=1,
@@ -206,9 +208,11 @@ class _Predict:
     def __call__(self, batch: Any) -> Any:
         return pack(in_order(self._outcome, unpack(batch), self._predictor.in_flight))
 
-    def _outcome(self, one: Item | Outcome) -> Outcome:
+    def _outcome(self, one: Item | Outcome | tuple[Item, bytes]) -> Outcome:
         if isinstance(one, Outcome):
             return one
+        if isinstance(one, tuple):
+            return self._predictor.predict(*one)
         return replace(self._predictor.predict(one), item=replace(one, pixels=None))
 
 

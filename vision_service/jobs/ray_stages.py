@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from vision_service.config import PreprocessSpec
 from vision_service.errors import InvalidImage, VisionError
-from vision_service.imaging.decode import DecodeLimits, decode_image
+from vision_service.imaging.decode import DecodeLimits, decode_for, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
 from vision_service.jobs.ray_parts import Parts
 from vision_service.jobs.reading import read_item
@@ -20,10 +21,20 @@ COLUMN = "pickled"
 
 
 class Decode:
-    """Reads and decodes the images of a block: items with pixels leave it, and outcomes of what could not be read."""
+    """Reads and decodes the images of a block.
 
-    def __init__(self, limits: DecodeLimits, folder: str) -> None:
+    What leaves it is an item with pixels; or an outcome, of what could not be read; or an item and the content of its
+    file, of a JPEG so large that the only model decodes it at a fraction of its size.
+
+    Args:
+        limits: of images.
+        only: how the one model prepares images; ``None``: there are several, which share the whole picture.
+        folder: what relative paths are meant from.
+    """
+
+    def __init__(self, limits: DecodeLimits, only: PreprocessSpec | None, folder: str) -> None:
         self._limits = limits
+        self._only = only
         self._folder = folder
 
     def __call__(self, batch: Any) -> Iterator[Any]:
@@ -32,9 +43,13 @@ class Decode:
         for item in unpack(batch):
             yield pack([self._decoded(item)])  # one by one: a few large images fill a block
 
-    def _decoded(self, item: Item) -> Item | Outcome:
+    def _decoded(self, item: Item) -> Item | Outcome | tuple[Item, bytes]:
         try:
-            return replace(item, pixels=decode_image(read_item(item, self._limits), self._limits))
+            content = read_item(item, self._limits)
+            if self._only is None:
+                return replace(item, pixels=decode_image(content, self._limits))
+            pixels, whole_hw = decode_for(content, self._only, self._limits)
+            return replace(item, pixels=pixels) if pixels.shape[:2] == whole_hw else (item, content)
         except OSError as error:
             reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
             return Outcome(item, failures=(Failure(reason, passing=True),))

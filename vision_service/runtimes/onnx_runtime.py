@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_service.errors import ConfigError
-from vision_service.runtimes._exported import check_agreement, export_network, first_line, probe
+from vision_service.runtimes._exported import check_conversion, export_network, first_line
 from vision_service.runtimes.base import (
     CannotCompile,
     Execution,
@@ -73,8 +73,7 @@ class OnnxRuntime(Runtime):
             made = Path(folder) / _FILE
             _write(network, work, made)
             forward = self._forward(made)
-            example = probe(work, 3)
-            check_agreement(forward(*example), network, *example)
+            check_conversion(forward, network, work)
             self._cache.store(lambda entry: copy_into(Path(folder), entry), *parts)
         return forward
 

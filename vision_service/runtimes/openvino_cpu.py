@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vision_service.errors import ConfigError
 from vision_service.runtimes import _int8
 from vision_service.runtimes._buckets import bucket_of, bucket_sizes, fill_up
-from vision_service.runtimes._exported import check_agreement, export_network, first_line, probe
+from vision_service.runtimes._exported import check_conversion, export_network, first_line
 from vision_service.runtimes._openvino_library import load_library
 from vision_service.runtimes.base import (
     CannotCompile,
@@ -114,8 +114,7 @@ class OpenVino(Runtime):
             raise CannotCompile(f"OpenVINO cannot convert the network: {first_line(error)}") from error
         images, sizes_hw = model.inputs
         model.reshape({images: shape, sizes_hw: [shape[0], 2]})
-        example = probe(work, batch or 3)
-        check_agreement(self._forward(model, "fp32")(*example), network, *example)
+        check_conversion(self._forward(model, "fp32"), network, work, batch)
         return model
 
     def _forward(self, model: Any, precision: Precision) -> Forward:

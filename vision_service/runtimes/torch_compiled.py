@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vision_service.errors import ConfigError
-from vision_service.runtimes._exported import export_network, first_line
+from vision_service.runtimes._exported import check_conversion, export_network, first_line
 from vision_service.runtimes.base import CannotCompile, Execution, Forward, Precision, Runtime, Workload
 from vision_service.runtimes.cache import CompileCache, copy_into
 from vision_service.runtimes.fingerprint import fingerprint
@@ -55,8 +55,11 @@ class TorchCompile(Runtime):
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / _FILE
             _compile(export_network(to_device(network, self.device, precision), work), made)
+            forward = run_on(_load(made), self.device)
+            if precision == "fp32" and self.device.type == "cpu":
+                check_conversion(forward, network, work)
             self._cache.store(lambda entry: copy_into(Path(folder), entry), *parts)
-            return run_on(_load(made), self.device)
+            return forward
 
 
 def _compile(exported: ExportedProgram, to: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -61,8 +62,25 @@ def run_on(function: Callable[[Tensor, Tensor], Sequence[Tensor]], device: torch
 
 def to_device(network: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
     """A network ready for inference, on a device, channels-last, in a precision that torch has."""
-    module = network.eval().requires_grad_(False).to(device)
-    return module.to(memory_format=torch.channels_last).to(DTYPES[precision])
+    module = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+    norms = _norms(module) if precision == "bf16" else {}
+    module = module.to(DTYPES[precision])
+    for name, norm in norms.items():
+        module.set_submodule(name, norm)
+    return module
+
+
+def _norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Copies of the batch norms, to keep in float32: statistics of eight bits cost classes.
+
+    With them MobileNetV2 saw another class in three of a hundred photos, without them in none. A network takes its
+    input in the precision of its first parameter: one that begins with a norm has all of them in bf16.
+    """
+    found = {name: part for name, part in module.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    first = next(module.parameters(), None)
+    if any(first is parameter for norm in found.values() for parameter in norm.parameters()):
+        return {}
+    return {name: copy.deepcopy(norm) for name, norm in found.items() if name}
 
 
 def does_not_fit(images: Tensor, device: torch.device) -> DeviceOutOfMemory:
