@@ -74,10 +74,10 @@ batch-rate: install ## Measure predict and client on 1000 images beside the pipe
 train-segnet: install ## Train SegNet on ../shared/data/isbi2012 for ten minutes and compare it with trivial answers
 	$(BIN)/python scripts/train_segnet.py
 
-bench: install $(BENCH_INSTALLED) ## Measure everything and write docs/performance.md (25 minutes; keep the machine quiet)
+bench: install $(BENCH_INSTALLED) ## Measure everything and write docs/performance.md (keep the machine quiet)
 	$(BIN)/python benchmarks/run.py
 
-bench-short: install $(BENCH_INSTALLED) ## A look at one model and its peers (3 minutes); writes nothing
+bench-short: install $(BENCH_INSTALLED) ## A look at one model and its peers; writes nothing
 	$(BIN)/python benchmarks/run.py --short
 
 bench-gpu: install ## ResNet-50 fp16 on a GPU: network alone, pipeline, served

@@ -244,6 +244,8 @@ def _stages_table(models: Iterable[ModelReport]) -> str:
 
 
 def _peers_table(rows: Sequence[dict]) -> str:
+    if not rows:
+        return "There is no result yet: the comparison needs the machine to itself, which it has not had.\n"
     lines = []
     for one in sorted(rows, key=lambda one: (one["model"], list(ROWS).index(f"{one['runtime']}:{one['precision']}"))):
         for load, found in one["loads"].items():
@@ -262,7 +264,7 @@ def _peers_table(rows: Sequence[dict]) -> str:
                 )
             )
     head = ("model", "network", "system", "in flight", "images/s", "p50 / p99 ms", "generator, CPU ms/image")
-    return _table(head, lines)
+    return f"![Images a second of each system](images/{CHART.name})\n\n" + _table(head, lines)
 
 
 def draw(rows: Sequence[dict], path: Path, load: str = "32") -> None:

@@ -51,7 +51,7 @@ class Peer:
     Attributes:
         package: on PyPI.
         path: of its method and the kind of body, for `HttpConnection`.
-        workers: processes that run the network; found by ``--tune`` on two cores.
+        workers: processes that run the network; what ``--tune`` found best on two cores.
     """
 
     package: str
@@ -60,7 +60,7 @@ class Peer:
 
 
 PEERS = {
-    "litserve": Peer("litserve", "/predict#form", 2),
+    "litserve": Peer("litserve", "/predict#form", 1),
     "mosec": Peer("mosec", "/inference#raw", 1),
     "ray": Peer("ray", "/#raw", 1),
 }
@@ -70,6 +70,7 @@ SYSTEMS = ("vision-service", "loop", *PEERS)
 def main() -> None:
     """Measure what the command line says."""
     arguments = _arguments()
+    arguments.images = arguments.images.resolve()
     images = read_jpegs(arguments.images)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
     results["machine"] = {
