@@ -21,12 +21,12 @@ MODELS = ("mobilenet_v2", "nanodet_g")
 ON_CPU = (
     ("torch", "fp32"),
     ("torch", "bf16"),
-    ("torch_compile", "fp32"),
-    ("torch_compile", "bf16"),
     ("onnxruntime", "fp32"),
     ("openvino", "fp32"),
     ("openvino", "bf16"),
     ("openvino", "int8"),
+    ("torch_compile", "fp32"),
+    ("torch_compile", "bf16"),
 )
 ON_GPU = tuple(
     (runtime, precision)
