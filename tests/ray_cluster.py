@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from tests.helpers import PLUGINS, ROOT
 
 RAY = Path(sys.executable).with_name("ray")
+_PR_SET_PDEATHSIG = 1
 
 
 class TwoNodes:
@@ -53,7 +55,9 @@ class TwoNodes:
         common = ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--block"]
         with (self.folder / f"{name}.log").open("w") as log:
             command = [RAY, "start", *arguments, *common]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.environment, start_new_session=True, preexec_fn=_end_with_us
+            )
         self._processes.append(process)
         return process
 
@@ -79,6 +83,11 @@ class TwoNodes:
             if process.poll() is None:
                 self.kill(process)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end_with_us() -> None:
+    """Have the kernel send SIGTERM when whoever runs the tests is killed, and can clean up nothing (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
