@@ -14,7 +14,8 @@ from vision_service.jobs.reading import read_item
 from vision_service.model_info import ModelInfo
 from vision_service.types import ParamOverrides, Task
 
-_OF_THE_MOMENT = frozenset({"state", "state_reason", "is_default", "queued_jobs", "device", "runtime_reason"})
+_DECIDES = ("name", "version", "task", "backend", "runtime", "precision", "source", "class_names", "preprocess_json")
+"""What of a served model decides answers. The rest is measured anew at each start of a server, or is of the moment."""
 
 
 class ServedModel:
@@ -73,8 +74,7 @@ class ServedModel:
 
     def fingerprint(self, info: ModelInfo) -> str:
         """Stands for everything but the image that decides what records say: hex digits."""
-        known = {name: value for name, value in asdict(info).items() if name not in _OF_THE_MOMENT}
-        return digest([known, asdict(self._overrides)])
+        return digest([[getattr(info, name) for name in _DECIDES], asdict(self._overrides)])
 
     def predict(self, item: Item, *, keep_image: bool = False) -> Outcome:
         """One image; what goes wrong is in the outcome.
