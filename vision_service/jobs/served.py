@@ -92,9 +92,7 @@ class ServedModel:
             if keep_image:
                 image = decode_image(content, self.limits) if isinstance(content, bytes) else content
         except OSError as error:
-            reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
-            return Outcome(item, failures=(Failure(reason, self._model, passing=True),))
+            return Outcome(item, failures=(Failure.unreadable(item.file, error, self._model),))
         except VisionError as error:
-            passing = error.status not in ("INVALID_ARGUMENT", "INTERNAL")
-            return Outcome(item, failures=(Failure(error, self._model, passing),))
+            return Outcome(item, failures=(Failure.of(error, self._model),))
         return Outcome(item, (result,), (), image)
