@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from vision_service.client import VisionClient
@@ -49,8 +49,7 @@ class ServedModel:
         self._method: Any = getattr(client, task)
         self._model, self._version = model, version
         self._overrides = overrides or ParamOverrides()
-        chosen = {field.name: getattr(self._overrides, field.name) for field in fields(self._overrides)}
-        self._chosen = {name: value for name, value in chosen.items() if value is not None}
+        self._chosen = self._overrides.chosen()
         self.task = task
         self.limits = limits or DecodeLimits()
         self.in_flight = in_flight
