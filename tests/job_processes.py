@@ -31,3 +31,14 @@ def wait_for_lines(process: subprocess.Popen, output: Path, count: int) -> None:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline_s, "the job does not get on"
         time.sleep(0.003)
+
+
+def kill_at_30_60_and_90_percent(output: Path, images: int, *words: object) -> None:
+    """Start a job three times over and kill it; it writes a table when it is through, and so none of these does."""
+    for percent in (30, 60, 90):
+        process = start(*words, "--save", "csv")
+        wait_for_lines(process, output, images * percent // 100)
+        process.kill()
+        process.communicate()
+        assert lines_in(output) < images
+        assert not (output / "results.csv").exists()

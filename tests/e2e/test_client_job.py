@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import red_image, run_server, tiny_manifest
-from tests.job_processes import lines_in, start, wait_for_lines
+from tests.job_processes import kill_at_30_60_and_90_percent, lines_in, start, wait_for_lines
 from vision_service.cli import app
 from vision_service.config.settings import ServerSettings
 
@@ -56,13 +56,7 @@ def uninterrupted(photos, address, tmp_path_factory) -> bytes:
 
 
 def test_killed_at_30_60_and_90_percent(photos, address, uninterrupted, tmp_path):
-    for percent in (30, 60, 90):
-        process = start(*words(photos, address, tmp_path, "--save", "csv"))
-        wait_for_lines(process, tmp_path, IMAGES * percent // 100)
-        process.kill()
-        process.communicate()
-        assert lines_in(tmp_path) < IMAGES
-        assert not (tmp_path / "results.csv").exists()
+    kill_at_30_60_and_90_percent(tmp_path, IMAGES, *words(photos, address, tmp_path))
     last = run(*words(photos, address, tmp_path, "--save", "csv"))
     assert last.exit_code == 0, last.output
     assert "going on after" in last.stderr

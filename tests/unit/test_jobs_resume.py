@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import red_image, tiny_manifest
-from tests.job_processes import lines_in, start, wait_for_lines
+from tests.job_processes import kill_at_30_60_and_90_percent, lines_in, start, wait_for_lines
 from vision_service.cli import app
 from vision_service.cli.job_progress import progress_line
 from vision_service.errors import ConfigError
@@ -73,13 +73,7 @@ def uninterrupted(many) -> bytes:
 class TestStopped:
     def test_killed_at_30_60_and_90_percent(self, many, uninterrupted):
         output = many.parent / "killed"
-        for percent in (30, 60, 90):
-            process = start(*arguments(many, output, "--save", "csv"))
-            wait_for_lines(process, output, IMAGES * percent // 100)
-            process.kill()
-            process.communicate()
-            assert lines_in(output) < IMAGES
-            assert not (output / "results.csv").exists()
+        kill_at_30_60_and_90_percent(output, IMAGES, *arguments(many, output))
         last = run(*arguments(many, output, "--save", "csv"))
         assert last.exit_code == 0
         assert "going on after" in last.stderr
