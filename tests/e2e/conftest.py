@@ -11,17 +11,16 @@ from tests.helpers import PLUGINS, tiny_manifest
 
 
 @pytest.fixture
-def serve(tmp_path):
-    """Starts servers as processes of their own, each with a tiny model; gives process, port and what it printed."""
+def serve_process(tmp_path):
+    """Starts `vision-service serve` as a process; gives it, its port and what it printed. Its log is in tmp_path."""
     processes = []
 
-    def start(more="", *arguments, **environment):
-        manifest = tiny_manifest(tmp_path, tiny=more)
-        command = [sys.executable, "-m", "vision_service", "serve", "--host", "127.0.0.1", "--port", "0"]
-        command += ["--manifest", str(manifest), "--model", "tiny", "--log-format", "json", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(PLUGINS)} | environment
+    def start(*arguments, **environment):
+        command = [sys.executable, "-m", "vision_service", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
         with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment
+            )
         processes.append(process)
         printed = []
         for line in process.stdout:
@@ -36,3 +35,14 @@ def serve(tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture
+def serve(serve_process, tmp_path):
+    """The same of a tiny model, with more lines for its table."""
+
+    def start(more="", *arguments, **environment):
+        model = ("--manifest", str(tiny_manifest(tmp_path, tiny=more)), "--model", "tiny", "--log-format", "json")
+        return serve_process(*model, *arguments, **{"PYTHONPATH": str(PLUGINS)} | environment)
+
+    return start
