@@ -97,7 +97,11 @@ def main() -> None:
     parser.add_argument("one", type=Path)
     parser.add_argument("other", type=Path)
     chosen = parser.parse_args()
-    for model, apart in compare(chosen.one, chosen.other).items():
+    try:
+        found = compare(chosen.one, chosen.other)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    for model, apart in found.items():
         print(f"{model}: {apart.images} images, {apart.equal} with equal records; {apart.matched} in both,")
         print(f"  scores apart by at most {apart.score:.6f}, edges by {apart.edge_px:.2f} px,", end=" ")
         print(f"areas by {apart.area:.2e} of the image; in one only: {len(apart.alone)}")

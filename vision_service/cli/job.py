@@ -134,7 +134,7 @@ def carry_out(
         choices: of the command line.
         answers: models in this process, or a server.
         fingerprint: of what decides the answers.
-        models: that answer; may be empty without ``--output``.
+        models: that answer.
         limits: of images.
 
     Raises:
