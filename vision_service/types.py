@@ -7,7 +7,7 @@ that was sent (after EXIF orientation), the origin at its top-left corner, so a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Generic, Self, TypeVar
@@ -104,6 +104,10 @@ class ParamOverrides:
     iou_threshold: float | None = None
     max_detections: int | None = None
     classes: tuple[str | int, ...] | None = None
+
+    def chosen(self) -> dict[str, Any]:
+        """The values that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def resolve(self, defaults: Params, class_names: tuple[str, ...]) -> Params:
         """These choices over a model's defaults.

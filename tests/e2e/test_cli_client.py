@@ -57,8 +57,8 @@ def test_model_and_version_are_asked_for(address, photos):
     result = run("client", "classify", photos / "1.png", "--address", address, "--model", "other", "--version", "2")
     assert result.stdout == f"{photos / '1.png'}: red 1 0.00\n"
     result = run("client", "classify", photos / "1.png", "--address", address, "--model", "tiny", "--version", "2")
-    assert result.exit_code == 1
-    assert "has no version '2'" in result.stderr
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: model 'tiny' has no version '2'")
 
 
 def test_a_bad_file_does_not_stop_the_others(address, photos):
@@ -77,10 +77,11 @@ def test_an_option_with_no_effect_is_refused(address, photos):
     assert "max_detections: has no effect on classify, only on detect" in result.stderr
 
 
-def test_choices_reach_the_server(address, photos):
-    result = run("client", "classify", photos / "1.png", "--address", address, "--class", "blue")
-    assert result.exit_code == 1
-    assert "classes: the model has no class 'blue'" in result.stderr
+def test_a_class_that_the_model_does_not_have_is_said_once(address, photos):
+    result = run("client", "classify", photos, "--address", address, "--class", "blue")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: classes: the model has no class 'blue'")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_models_of_a_server(address):
@@ -101,10 +102,18 @@ def test_models_of_a_server(address):
     assert "did you mean 'other'?" in missing.stderr
 
 
-def test_a_server_that_is_not_there(photos):
-    result = run("client", "classify", photos / "1.png", "--address", "127.0.0.1:1", "--timeout", 0.1)
+@pytest.mark.parametrize("more", [(), ("--output", "out")])
+def test_a_server_that_is_not_there_is_said_once(photos, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    result = run("client", "classify", photos, "--address", "127.0.0.1:1", "--timeout", 0.5, *more)
     assert result.exit_code == 1
-    assert "failed:" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "UNAVAILABLE from 127.0.0.1:1" in line
+    assert line.endswith("`vision-service health --address 127.0.0.1:1` tells whether a server answers there")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_a_server_that_is_not_there():
     listed = run("models", "list", "--address", "127.0.0.1:1")
     assert listed.exit_code == 1
     assert "UNAVAILABLE from 127.0.0.1:1" in listed.stderr

@@ -1,7 +1,6 @@
 """`vision-service serve` as a process: starts, says so, and drains on SIGTERM."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,33 +13,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e.test_server import raw_request
 from tests.helpers import PLUGINS, tiny_manifest
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
-
-
-@pytest.fixture
-def serve(tmp_path):
-    processes = []
-
-    def start(more="", *arguments, **environment):
-        manifest = tiny_manifest(tmp_path, tiny=more)
-        command = [sys.executable, "-m", "vision_service", "serve", "--host", "127.0.0.1", "--port", "0"]
-        command += ["--manifest", str(manifest), "--model", "tiny", "--log-format", "json", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(PLUGINS)} | environment
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        processes.append(process)
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if found := re.match(r"ready on 127\.0\.0\.1:(\d+)", line):
-                return process, int(found[1]), "".join(printed)
-        pytest.fail("".join(printed) + (tmp_path / "log").read_text())
-        return None
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(serve, tmp_path):

@@ -1,6 +1,5 @@
 """`serve` fetches the weights that are missing, says so, and answers."""
 
-import os
 import re
 import subprocess
 import sys
@@ -34,36 +33,23 @@ def manifest(tmp_path, server):
     return path
 
 
-def command(manifest, *more):
-    return [
-        *(sys.executable, "-m", "vision_service", "serve", "--host", "127.0.0.1", "--port", "0", "--device", "cpu"),
-        *("--model", "fetched", "--manifest", str(manifest), *more),
-    ]
+def arguments(manifest, *more):
+    return ("--device", "cpu", "--model", "fetched", "--manifest", str(manifest), *more)
+
+
+def ended(manifest, *more):
+    """A start that comes to nothing."""
+    command = [sys.executable, "-m", "vision_service", "serve", "--port", "0", *arguments(manifest, *more)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture
-def serve(manifest, tmp_path):
-    processes = []
-
+def serve(manifest, serve_process, tmp_path):
     def start(*more):
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(
-                command(manifest, *more), stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ
-            )
-        processes.append(process)
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if found := re.match(r"ready on 127\.0\.0\.1:(\d+)", line):
-                return int(found[1]), (tmp_path / "log").read_text()
-        pytest.fail("".join(printed) + (tmp_path / "log").read_text())
-        return None
+        _, port, _ = serve_process(*arguments(manifest, *more))
+        return port, (tmp_path / "log").read_text()
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    return start
 
 
 def test_serve_pulls_what_is_missing_and_answers(serve, server, tmp_path):
@@ -89,7 +75,7 @@ def test_serve_pulls_what_is_missing_and_answers(serve, server, tmp_path):
     ],
 )
 def test_a_start_that_cannot_be(manifest, server, tmp_path, more, clause):
-    done = subprocess.run(command(manifest, *more), capture_output=True, text=True, timeout=60, check=False)
+    done = ended(manifest, *more)
     assert done.returncode == 2
     assert clause in done.stderr
     assert "Traceback" not in done.stderr
@@ -98,7 +84,7 @@ def test_a_start_that_cannot_be(manifest, server, tmp_path, more, clause):
 
 def test_a_wrong_file_ends_the_start_and_is_thrown_away(manifest, server, tmp_path):
     server.add("/nanodet_g.safetensors", b"<html>please log in</html>")
-    done = subprocess.run(command(manifest), capture_output=True, text=True, timeout=60, check=False)
+    done = ended(manifest)
     assert done.returncode == 2
     assert "model 'fetched': what came from" in done.stderr
     assert "it was thrown away. Fetch again" in done.stderr

@@ -234,7 +234,7 @@ def test_wrong_datasets_say_what_was_looked_for(tmp_path, prepare, task, format,
 
 
 def test_no_dataset_at_all(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no dataset .*none"):
+    with pytest.raises(ConfigError, match=r"the dataset .*none does not exist"):
         open_dataset(tmp_path / "none", Task.DETECT)
 
 

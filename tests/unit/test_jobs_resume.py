@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import cv2
 import pytest
 from typer.testing import CliRunner
 
-from tests.helpers import PLUGINS, ROOT, red_image, tiny_manifest
+from tests.helpers import red_image, tiny_manifest
+from tests.job_processes import kill_at_30_60_and_90_percent, lines_in, start, wait_for_lines
 from vision_service.cli import app
 from vision_service.cli.job_progress import progress_line
 from vision_service.errors import ConfigError
@@ -44,25 +41,6 @@ def run(*words):
 
 def rows(output: Path, name: str = "results.jsonl") -> list[dict]:
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
-
-
-def lines_in(output: Path) -> int:
-    path = output / "results.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def start(words: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PLUGINS), str(ROOT)])}
-    command = [sys.executable, "-m", "vision_service", *words]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait_for_lines(process: subprocess.Popen, output: Path, count: int) -> None:
-    deadline_s = time.monotonic() + 100
-    while lines_in(output) < count:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline_s, "the job does not get on"
-        time.sleep(0.003)
 
 
 @pytest.fixture
@@ -95,13 +73,7 @@ def uninterrupted(many) -> bytes:
 class TestStopped:
     def test_killed_at_30_60_and_90_percent(self, many, uninterrupted):
         output = many.parent / "killed"
-        for percent in (30, 60, 90):
-            process = start(arguments(many, output, "--save", "csv"))
-            wait_for_lines(process, output, IMAGES * percent // 100)
-            process.kill()
-            process.communicate()
-            assert lines_in(output) < IMAGES
-            assert not (output / "results.csv").exists()
+        kill_at_30_60_and_90_percent(output, IMAGES, *arguments(many, output))
         last = run(*arguments(many, output, "--save", "csv"))
         assert last.exit_code == 0
         assert "going on after" in last.stderr
@@ -110,7 +82,7 @@ class TestStopped:
 
     def test_interrupted(self, many, uninterrupted):
         output = many.parent / "interrupted"
-        process = start(arguments(many, output))
+        process = start(*arguments(many, output))
         wait_for_lines(process, output, 1)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)

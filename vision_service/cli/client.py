@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vision_service.cli import job, options
+from vision_service.cli.failures import asking
 
 Address = Annotated[str, typer.Option(help="host:port of the server.")]
 
@@ -48,7 +49,7 @@ def client(
     from vision_service.imaging.decode import DecodeLimits
     from vision_service.jobs.outputs.kinds import Model
     from vision_service.jobs.served import ServedModel
-    from vision_service.types import Task
+    from vision_service.types import Params, Task
 
     overrides = options.read_overrides(
         [Task(task)],
@@ -79,9 +80,8 @@ def client(
         served = ServedModel(
             server, Task(task), model=model, version=version, overrides=overrides, in_flight=in_flight, limits=limits
         )
-        models, fingerprint = [], ""
-        if output is not None:
+        with asking(address):
             info = served.pin()
-            models = [Model(info.name, info.version, info.task, info.class_names)]
-            fingerprint = served.fingerprint(info)
-        job.carry_out(choices, served, fingerprint, models, limits)
+        overrides.resolve(Params(), info.class_names)  # a class that it does not have shows now, not image by image
+        models = [Model(info.name, info.version, info.task, info.class_names)]
+        job.carry_out(choices, served, served.fingerprint(info), models, limits)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vision_service.cli import options
-from vision_service.cli.failures import WORK_FAILED
+from vision_service.cli.failures import WORK_FAILED, asking
 from vision_service.errors import ConfigError, InvalidInput
 
 if TYPE_CHECKING:
@@ -220,7 +220,9 @@ def _remote(address: str, model: str, version: str, *, concurrency: int, timeout
     from vision_service.evaluation.predictors import RemotePredictor
 
     with VisionClient(address, timeout_s=timeout_s) as client:
-        yield RemotePredictor(client, model, version, concurrency=concurrency)
+        with asking(address):
+            predictor = RemotePredictor(client, model, version, concurrency=concurrency)
+        yield predictor
 
 
 @contextmanager

@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import typer
 
-from vision_service.errors import InvalidImage, InvalidInput, ModelNotFound, SetupError, VisionError
+from vision_service.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    InvalidInput,
+    ModelNotFound,
+    ModelUnavailable,
+    SetupError,
+    VisionError,
+)
 
 A = ParamSpec("A")
 R = TypeVar("R")
@@ -50,6 +59,16 @@ def readable(command: Callable[A, R]) -> Callable[A, R]:
             raise typer.Exit(exit_code(error)) from None
 
     return run
+
+
+@contextmanager
+def asking(address: str) -> Iterator[None]:
+    """The first question to a server: when no answer comes, the error says how to see why."""
+    try:
+        yield
+    except (ModelUnavailable, DeadlineExceeded) as error:
+        error.add_note(f"`vision-service health --address {address}` tells whether a server answers there")
+        raise
 
 
 def exit_code(error: Exception) -> int:

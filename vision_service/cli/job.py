@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vision_service.imaging.decode import DecodeLimits
     from vision_service.jobs.job import Answers, Done, Job, Summary
     from vision_service.jobs.outputs.kinds import Model
+    from vision_service.records import Record
 
 Sources = Annotated[
     list[str] | None,
@@ -133,7 +134,7 @@ def carry_out(
         choices: of the command line.
         answers: models in this process, or a server.
         fingerprint: of what decides the answers.
-        models: that answer; may be empty without ``--output``.
+        models: that answer.
         limits: of images.
 
     Raises:
@@ -223,17 +224,27 @@ def _print(done: Done, *, as_json: bool) -> None:
             typer.echo(f"{done.outcome.item.file}: {to_line(result)}")
 
 
+def say_failures(failed: int, reasons: Sequence[Record], where: str = "") -> None:
+    """Name those that are known, and how many more there are.
+
+    Args:
+        failed: images.
+        reasons: the first of their failures, as records.
+        where: all are, as the end of a line.
+    """
+    if failed:
+        typer.echo(f"{failed} failed:", err=True)
+    for reason in reasons:
+        typer.echo(f"  {reason['file']}: {reason['message']}", err=True)
+    if failed > len(reasons):
+        typer.echo(f"  and {failed - len(reasons)} more{where}", err=True)
+
+
 def _leave(summary: Summary, failed: int, seen: int, sources: Sequence[str], folder: Path | None) -> None:
-    from vision_service.jobs.items import IMAGE_SUFFIXES
+    from vision_service.jobs.sources import no_images
 
     again = "" if folder is None else "; the same command goes on from here"
-    if summary.failed:
-        typer.echo(f"{summary.failed} failed:", err=True)
-        for reason in summary.reasons:
-            typer.echo(f"  {reason['file']}: {reason['message']}", err=True)
-        if summary.failed > len(summary.reasons):
-            where = "" if folder is None else f"; all are in {folder / 'failures.jsonl'}"
-            typer.echo(f"  and {summary.failed - len(summary.reasons)} more{where}", err=True)
+    say_failures(summary.failed, summary.reasons, "" if folder is None else f"; all are in {folder / 'failures.jsonl'}")
     if summary.signal:
         typer.echo(f"stopped after {seen} images{again}", err=True)
         raise typer.Exit(128 + signal.Signals(summary.signal))
@@ -241,7 +252,7 @@ def _leave(summary: Summary, failed: int, seen: int, sources: Sequence[str], fol
         typer.echo(f"error: stopped after {seen} images: more failed than --max-failures allows{again}", err=True)
         raise typer.Exit(WORK_FAILED)
     if not seen:
-        raise ConfigError(f"no images in {', '.join(sources)}; these count: {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise no_images(sources)
     if failed:
         if failed > summary.failed:
             typer.echo(f"{failed - summary.failed} failed in earlier runs; --retry-failures tries them again", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -75,18 +74,12 @@ def read_overrides(
 
     kept = tuple(int(item) if item.isdecimal() else item for item in classes or ()) or None
     overrides = ParamOverrides(top_k, score_threshold, iou_threshold, max_detections, kept)
-    for name in chosen(overrides):
+    for name in overrides.chosen():
         if not any(name in TAKES[task] for task in tasks):
             takers = " and ".join(task for task, names in TAKES.items() if name in names)
             raise InvalidInput(name, f"has no effect on {' and '.join(tasks)}, only on {takers}")
-    Params(**{name: value for name, value in chosen(overrides).items() if name != "classes"})
+    Params(**{name: value for name, value in overrides.chosen().items() if name != "classes"})
     return overrides
-
-
-def chosen(overrides: ParamOverrides) -> dict[str, Any]:
-    """The values that are set."""
-    values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_engine(engine: str, ray_options: dict[str, Any]) -> None:

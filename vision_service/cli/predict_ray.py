@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vision_service.cli.failures import WORK_FAILED
-from vision_service.cli.job import Choices
+from vision_service.cli.job import Choices, say_failures
 from vision_service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,12 +132,7 @@ def _refuse(choices: Choices, kinds: Sequence[str], output: str) -> None:
 
 
 def _leave(summary: RaySummary, output: str) -> None:
-    if summary.failed:
-        typer.echo(f"{summary.failed} failed:", err=True)
-    for reason in summary.reasons:
-        typer.echo(f"  {reason['file']}: {reason['message']}", err=True)
-    if summary.failed > len(summary.reasons):
-        typer.echo(f"  and {summary.failed - len(summary.reasons)} more", err=True)
+    say_failures(summary.failed, summary.reasons)
     typer.echo(f"{summary.seen} images were done now and {summary.before} before; results in {output}", err=True)
     if summary.too_many_failures:
         typer.echo("error: more failed than --max-failures allows; the same command goes on from here", err=True)

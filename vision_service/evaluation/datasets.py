@@ -60,7 +60,7 @@ def open_dataset(root: Path, task: Task, *, format: str = "", split: str = "", c
     if task not in FORMATS:
         raise ConfigError(f"a {task} model cannot be evaluated; tasks are {listing(FORMATS)}")
     if not root.exists():
-        raise ConfigError(f"there is no dataset {root}")
+        raise ConfigError(f"the dataset {root} does not exist")
     readers = FORMATS[task]
     if format and format not in readers:
         raise ConfigError(f"no format {format!r} for a {task} model; {choices(format, readers)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vision_service.client import VisionClient
@@ -93,7 +93,7 @@ class RemotePredictor:
     ) -> Iterator[Result[Any] | VisionError]:
         """See `Predictor`."""
         method = getattr(self._client, self.facts.task)
-        chosen = {name: value for name, value in asdict(overrides).items() if value is not None}
+        chosen = overrides.chosen()
 
         def call(image: ImageInput) -> Result[Any] | VisionError:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
-from vision_service.errors import VisionError
+from vision_service.errors import InvalidImage, VisionError
 from vision_service.records import Record, error_to_record, to_record
 from vision_service.types import Prediction, Result, UInt8Array
 
@@ -77,6 +77,16 @@ class Failure:
     error: VisionError
     model: str = ""
     passing: bool = False
+
+    @classmethod
+    def of(cls, error: VisionError, model: str = "") -> Failure:
+        """Of a model that was asked: some errors are about the image, the others of the moment."""
+        return cls(error, model, error.status not in ("INVALID_ARGUMENT", "INTERNAL"))
+
+    @classmethod
+    def unreadable(cls, file: str, error: OSError, model: str = "") -> Failure:
+        """Of a file that could not be read."""
+        return cls(InvalidImage(f"{file} cannot be read: {error.strerror or error}"), model, passing=True)
 
 
 @dataclass(frozen=True, slots=True)

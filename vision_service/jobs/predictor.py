@@ -118,8 +118,7 @@ class Predictor:
         try:
             content = item.pixels if item.pixels is not None else read_item(item, self.limits) if data is None else data
         except OSError as error:
-            reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
-            return Outcome(item, failures=(Failure(reason, passing=True),))
+            return Outcome(item, failures=(Failure.unreadable(item.file, error),))
         except VisionError as error:
             return Outcome(item, failures=(Failure(error),))
         if isinstance(content, bytes) and len(self.specs) == 1:
@@ -176,9 +175,8 @@ class Predictor:
                 try:
                     result = future.result()
                 except VisionError as error:
-                    passing = error.status not in ("INVALID_ARGUMENT", "INTERNAL")
                     unusable = isinstance(error, InvalidImage) and decode_ms is None
-                    failures.append(Failure(error, "" if unusable else spec.name, passing))
+                    failures.append(Failure.of(error, "" if unusable else spec.name))
                 else:
                     timings = result.timings if decode_ms is None else replace(result.timings, decode_ms=decode_ms)
                     results.append(replace(result, timings=timings))

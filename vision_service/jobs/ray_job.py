@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vision_service.errors import ConfigError
-from vision_service.jobs.items import IMAGE_SUFFIXES, Item
+from vision_service.jobs.items import Item
+from vision_service.jobs.job import MOST_REASONS
 from vision_service.jobs.ray_engine import RayPredictor
 from vision_service.jobs.ray_parts import Parts, Written
-from vision_service.jobs.sources import list_files
+from vision_service.jobs.sources import list_files, no_images
 from vision_service.records import Record
-
-MOST_REASONS = 20
-"""So many failures are named at the end of a run; the file has all."""
 
 
 @dataclass(slots=True)
@@ -96,7 +94,7 @@ def run_on_ray(
 
 def _check(items: Sequence[Item], sources: Sequence[str]) -> None:
     if not items:
-        raise ConfigError(f"no images in {', '.join(sources)}; these count: {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise no_images(sources)
     video = next((item for item in items if item.is_video), None)
     if video is not None:
         raise ConfigError(f"{video.file} is a video, which only the local engine reads: leave --engine ray out")

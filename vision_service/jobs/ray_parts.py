@@ -15,11 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
-from vision_service.errors import ConfigError
 from vision_service.jobs.items import Item, Outcome
 from vision_service.jobs.outputs.tables import nested_row, nested_schema
+from vision_service.jobs.remote import open_store
 from vision_service.records import Record
 
 PARTS, RESULTS, FAILURES = "parts", "results.jsonl", "failures.jsonl"
@@ -70,7 +68,8 @@ class Parts:
     def __init__(self, url: str, identity: str) -> None:
         self._url = url.rstrip("/")
         self._prefix = f"part-{identity[:16]}-"
-        self._store, self._folder = _open(self._url)
+        self._store, folder = open_store(self._url)
+        self._folder = folder.rstrip("/")
 
     def clear(self) -> None:
         """Remove all parts."""
@@ -189,11 +188,3 @@ def _schema(pa: Any) -> Any:
     texts = [(name, pa.string()) for name in ("error", "status", "message", "stamp", "json")]
     more = [*texts, ("size_bytes", pa.int64()), ("passing", pa.bool_()), ("failed", pa.bool_())]
     return pa.schema([*nested_schema(), *(pa.field(name, kind) for name, kind in more)])
-
-
-def _open(url: str) -> tuple[Any, str]:
-    try:
-        store, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{url} cannot be opened: {error}; pip install 'vision-service[remote]'") from None
-    return store, str(path).rstrip("/")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from vision_service.config import PreprocessSpec
-from vision_service.errors import InvalidImage, VisionError
+from vision_service.errors import VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_for, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
 from vision_service.jobs.ray_parts import Parts
@@ -51,8 +51,7 @@ class Decode:
             pixels, whole_hw = decode_for(content, self._only, self._limits)
             return replace(item, pixels=pixels) if pixels.shape[:2] == whole_hw else (item, content)
         except OSError as error:
-            reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
-            return Outcome(item, failures=(Failure(reason, passing=True),))
+            return Outcome(item, failures=(Failure.unreadable(item.file, error),))
         except VisionError as error:
             return Outcome(item, failures=(Failure(error),))
 

@@ -22,7 +22,7 @@ def remote_files(url: str) -> Iterator[Item]:
     Raises:
         ConfigError: the store is unknown, its package is missing, it is not there, or the folder cannot be listed.
     """
-    store, path = _open(url)
+    store, path = open_store(url)
     if has_magic(path):
         prefix = fixed_prefix(path)
         wanted = matcher(path)
@@ -42,7 +42,7 @@ def remote_files(url: str) -> Iterator[Item]:
 
 def remote_file(url: str) -> Item:
     """One file; one that is not there has no size, and fails when it is read."""
-    store, path = _open(url)
+    store, path = open_store(url)
     name = plain_name(PurePosixPath(path).name)
     try:
         return _item(store, store.info(path), name)
@@ -56,7 +56,7 @@ def read_url(url: str) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    store, path = _open(url)
+    store, path = open_store(url)
     try:
         content: bytes = store.cat_file(path)
     except OSError:
@@ -66,7 +66,12 @@ def read_url(url: str) -> bytes:
     return content
 
 
-def _open(url: str) -> tuple[Any, str]:
+def open_store(url: str) -> tuple[Any, str]:
+    """The store of a URL or a path, by fsspec, and the place in it.
+
+    Raises:
+        ConfigError: there is no such store, or its package is missing.
+    """
     try:
         store, path = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:

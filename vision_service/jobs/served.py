@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from vision_service.client import VisionClient
@@ -14,7 +14,8 @@ from vision_service.jobs.reading import read_item
 from vision_service.model_info import ModelInfo
 from vision_service.types import ParamOverrides, Task
 
-_OF_THE_MOMENT = frozenset({"state", "state_reason", "is_default", "queued_jobs", "device", "runtime_reason"})
+_DECIDES = ("name", "version", "task", "backend", "runtime", "precision", "source", "class_names", "preprocess_json")
+"""What of a served model decides answers. The rest is measured anew at each start of a server, or is of the moment."""
 
 
 class ServedModel:
@@ -48,8 +49,7 @@ class ServedModel:
         self._method: Any = getattr(client, task)
         self._model, self._version = model, version
         self._overrides = overrides or ParamOverrides()
-        chosen = {field.name: getattr(self._overrides, field.name) for field in fields(self._overrides)}
-        self._chosen = {name: value for name, value in chosen.items() if value is not None}
+        self._chosen = self._overrides.chosen()
         self.task = task
         self.limits = limits or DecodeLimits()
         self.in_flight = in_flight
@@ -73,8 +73,7 @@ class ServedModel:
 
     def fingerprint(self, info: ModelInfo) -> str:
         """Stands for everything but the image that decides what records say: hex digits."""
-        known = {name: value for name, value in asdict(info).items() if name not in _OF_THE_MOMENT}
-        return digest([known, asdict(self._overrides)])
+        return digest([[getattr(info, name) for name in _DECIDES], asdict(self._overrides)])
 
     def predict(self, item: Item, *, keep_image: bool = False) -> Outcome:
         """One image; what goes wrong is in the outcome.
@@ -92,9 +91,7 @@ class ServedModel:
             if keep_image:
                 image = decode_image(content, self.limits) if isinstance(content, bytes) else content
         except OSError as error:
-            reason = InvalidImage(f"{item.file} cannot be read: {error.strerror or error}")
-            return Outcome(item, failures=(Failure(reason, self._model, passing=True),))
+            return Outcome(item, failures=(Failure.unreadable(item.file, error, self._model),))
         except VisionError as error:
-            passing = error.status not in ("INVALID_ARGUMENT", "INTERNAL")
-            return Outcome(item, failures=(Failure(error, self._model, passing),))
+            return Outcome(item, failures=(Failure.of(error, self._model),))
         return Outcome(item, (result,), (), image)

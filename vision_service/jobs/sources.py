@@ -46,6 +46,11 @@ def check_sources(named: Sequence[str]) -> None:
             raise ConfigError(f"{path} does not exist")
 
 
+def no_images(named: Sequence[str]) -> ConfigError:
+    """What to raise when sources have none."""
+    return ConfigError(f"no images in {', '.join(named)}; these count: {' '.join(sorted(IMAGE_SUFFIXES))}")
+
+
 def list_files(named: Sequence[str]) -> Iterator[Item]:
     """The files that sources mean, each once, in the order of the sources and of the paths within each.
 

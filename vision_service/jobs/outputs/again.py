@@ -9,7 +9,7 @@ import cv2
 
 from vision_service.errors import InvalidImage
 from vision_service.imaging.decode import DecodeLimits, decode_image
-from vision_service.jobs.items import Item
+from vision_service.jobs.items import Failure, Item
 from vision_service.jobs.reading import read_item
 from vision_service.records import Record
 from vision_service.types import UInt8Array
@@ -26,7 +26,7 @@ def image_of(record: Record, limits: DecodeLimits | None = None) -> UInt8Array:
         if "frame" not in record:
             return decode_image(read_item(Item(file, PurePosixPath(Path(file).name)), limits), limits)
     except OSError as error:
-        raise InvalidImage(f"{file} cannot be read: {error.strerror or error}") from None
+        raise Failure.unreadable(file, error).error from None
     return _frame(file.rpartition("#")[0], record["frame"])
 
 
