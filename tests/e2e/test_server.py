@@ -272,6 +272,57 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(gated):
     assert SEEN[4] == 0
 
 
+def test_a_full_server_refuses_before_it_reads_the_message(gated):
+    vision, gate, first, running = gated
+    waiting = [vision.Classify.future(raw_request(red), timeout=30) for red in (2, 3)]
+    while queued(running) < 2:
+        time.sleep(0.005)
+    no_message = b"\xff\xff"  # whoever reads it fails
+    with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+        classify = channel.unary_unary("/vision.v1.VisionService/Classify")
+        detect = channel.unary_unary("/vision.v1.VisionService/Detect")
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(no_message, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "2 calls are waiting and the limit is 2" in caught.value.details()
+        trailing = dict(caught.value.trailing_metadata())
+        assert trailing["x-request-id"]
+        assert int(trailing["grpc-retry-pushback-ms"]) > 0
+        with pytest.raises(grpc.RpcError) as caught:
+            detect(no_message, timeout=10)  # no model of this task is full
+        assert caught.value.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
+        gate.touch()
+        for call in (first, *waiting):
+            call.result()
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(no_message, timeout=10)
+        assert caught.value.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_while_one_model_is_full_the_others_of_its_task_take_calls(tmp_path):
+    gate = tmp_path / "gate"
+    gate.touch()
+    one = "batching = {max_batch_size = 1, max_queued_jobs = 1}"
+    with run_server(settings(tmp_path, {"slow": f'options = {{gate = "{gate}"}}\n{one}', "quick": one})) as running:
+        gate.unlink()
+        SEEN.clear()
+        with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+            vision = pb_grpc.VisionServiceStub(channel)
+            slow, quick = (pb.ModelSelector(name=name) for name in ("slow", "quick"))
+            calls = [vision.Classify.future(raw_request(1, model=slow), timeout=30)]
+            while not SEEN[1]:
+                time.sleep(0.005)
+            calls.append(vision.Classify.future(raw_request(2, model=slow), timeout=30))
+            while queued(running) < 1:
+                time.sleep(0.005)
+            with pytest.raises(grpc.RpcError) as caught:
+                vision.Classify(raw_request(3, model=slow), timeout=10)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            calls.append(vision.Classify.future(raw_request(4, model=quick), timeout=30))  # waits for a turn on the CPU
+            gate.touch()
+            assert [call.result().classes[0].class_name for call in calls] == ["red 1", "red 2", "red 4"]
+
+
 def health(channel, service):
     stub = health_pb2_grpc.HealthStub(channel)
     status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status

@@ -18,6 +18,7 @@ import torch
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
 from vision_service.bench.plan import Setup, Variant
 from vision_service.engine.build import build_pipeline, pull_missing, resolve_specs
+from vision_service.engine.garbage import settle_garbage
 from vision_service.engine.host import ModelHost
 from vision_service.engine.pipeline import Pipeline
 from vision_service.errors import VisionError
@@ -243,6 +244,7 @@ def _main(pipe: Connection, setup: Setup, variant: Variant, images: Sequence[byt
         pull_missing(specs, settings)
         with build_pipeline(settings, specs) as pipeline:
             bench = Bench(pipeline, pipeline.catalog.load(specs[0]), images)
+            settle_garbage()  # as `serve` does
             pipe.send(bench.about())
             while True:
                 method, args = pipe.recv()

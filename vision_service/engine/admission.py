@@ -29,14 +29,26 @@ class Admission:
             QueueFull: there is no room.
         """
         with self._lock:
-            if self._jobs >= self.max_jobs or (self._jobs and self._bytes + nbytes > self._max_bytes):
-                raise QueueFull(
-                    f"{self._jobs} images with {self._bytes} bytes wait to be decoded and the limits are "
-                    f"{self.max_jobs} and {self._max_bytes}; call again in 0.05 s",
-                    retry_after_s=0.05,
-                )
+            self._check(nbytes)
             self._jobs += 1
             self._bytes += nbytes
+
+    def check(self) -> None:
+        """Whether an image, however small, would be counted in now.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        with self._lock:
+            self._check(0)
+
+    def _check(self, nbytes: int) -> None:
+        if self._jobs >= self.max_jobs or (self._jobs and self._bytes + nbytes > self._max_bytes):
+            raise QueueFull(
+                f"{self._jobs} images with {self._bytes} bytes wait to be decoded and the limits are "
+                f"{self.max_jobs} and {self._max_bytes}; call again in 0.05 s",
+                retry_after_s=0.05,
+            )
 
     def leave(self, nbytes: int) -> None:
         """Count one out."""

@@ -112,20 +112,28 @@ class ModelHost:
             QueueFull: the queue is full.
         """
         with self._state_lock:
-            if self._state is not ModelState.READY or self._batcher is None:
-                why = f" ({self._state_reason})" if self._state_reason else ""
-                raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
-            self._batcher.check_room(self._coming)
-            batching = self.spec.batching
-            most = batching.max_queued_jobs + 4 * batching.max_batch_size
-            if self._admitted >= most:  # decoding, running and being written included
-                raise QueueFull(
-                    f"{self._admitted} calls to model {self.label} are under way and the limit is {most}; "
-                    "call again in 0.10 s",
-                    retry_after_s=0.1,
-                )
+            self._check_room()
             self._admitted += 1
             self._coming += 1
+
+    def check_room(self) -> None:
+        """Whether a call would be let in now. Errors as in `admit`."""
+        with self._state_lock:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        if self._state is not ModelState.READY or self._batcher is None:
+            why = f" ({self._state_reason})" if self._state_reason else ""
+            raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
+        self._batcher.check_room(self._coming)
+        batching = self.spec.batching
+        most = batching.max_queued_jobs + 4 * batching.max_batch_size
+        if self._admitted >= most:  # decoding, running and being written included
+            raise QueueFull(
+                f"{self._admitted} calls to model {self.label} are under way and the limit is {most}; "
+                "call again in 0.10 s",
+                retry_after_s=0.1,
+            )
 
     def not_coming(self) -> None:
         """A call that was let in will not `submit`: its image could not be prepared, or it was cancelled."""

@@ -67,6 +67,26 @@ class Pipeline:
         """The workers that decode and preprocess."""
         return self._pool
 
+    def check_room(self, task: Task) -> None:
+        """Whether a call of a task would be let in, whichever model it names: asked before its message is read.
+
+        Raises:
+            QueueFull: every model of the task is full, or the decoders are.
+        """
+        self._admission.check()
+        full: QueueFull | None = None
+        for host in self.catalog.hosts(task):
+            try:
+                host.check_room()
+            except QueueFull as error:
+                full = error
+            except ModelUnavailable:
+                continue
+            else:
+                return
+        if full is not None:
+            raise full
+
     def submit(
         self,
         image: ImageInput,

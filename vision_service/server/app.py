@@ -18,8 +18,9 @@ from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, resolve_specs
+from vision_service.engine.garbage import settle_garbage
 from vision_service.errors import ConfigError, VisionError
-from vision_service.server.interceptors import CallInterceptor
+from vision_service.server.calls import Calls
 from vision_service.server.servicers import ModelServicer, VisionServicer
 from vision_service.types import Task
 
@@ -54,7 +55,7 @@ class VisionServer:
         self._specs = resolve_specs(settings)
         self.pipeline = build_pipeline(settings, self._specs)
         self._health = aio_health.HealthServicer()
-        self._calls = CallInterceptor()
+        self._calls = Calls(self.pipeline.check_room)
         self._server: Any = None
         self.port = 0
 
@@ -75,10 +76,11 @@ class VisionServer:
             ("grpc.max_send_message_length", self.settings.max_message_bytes),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
         ]
-        self._server = grpc.aio.server(interceptors=(self._calls,), options=options)
-        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._server)
-        pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server = grpc.aio.server(options=options)
+        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._calls)
+        pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
+        self._server.add_generic_rpc_handlers((self._calls,))
         reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
@@ -149,6 +151,7 @@ async def serve(settings: ServerSettings, on_ready: Callable[[VisionServer], Non
     try:
         if starting.done():
             starting.result()
+            settle_garbage()
             on_ready(server)
             await stopping
             logger.info("draining: no new calls, up to %.0f s for those under way", settings.drain_timeout_s)

@@ -22,8 +22,9 @@ from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.cluster import connected, load_ray
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, pull_missing, resolve_specs
+from vision_service.engine.garbage import settle_garbage
 from vision_service.errors import ConfigError, InvalidInput
-from vision_service.server.interceptors import observed
+from vision_service.server.calls import observed
 from vision_service.server.logs import set_up_logs
 from vision_service.server.servicers import ModelServicer, VisionServicer
 from vision_service.types import Task
@@ -97,6 +98,7 @@ class VisionReplica:
         self._pipeline = build_pipeline(self._settings, specs)
         for spec in specs:
             self._pipeline.catalog.load(spec)
+        settle_garbage()
         self._vision = VisionServicer(self._pipeline)
         self._models = ModelServicer(self._pipeline)
 

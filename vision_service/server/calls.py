@@ -8,12 +8,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
 
+from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import QueueFull, VisionError
+from vision_service.types import Task
 
 logger = logging.getLogger("vision_service.access")
 
@@ -28,6 +30,13 @@ MAX_MESSAGE = 4000
 _RUN = secrets.token_hex(4)
 _NUMBERS = itertools.count(1)
 
+TASK_OF_METHOD = {
+    f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/{task.value.capitalize()}": task for task in Task
+}
+
+Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+"""Of a servicer: request and context in, reply out."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -39,33 +48,79 @@ def request_id_of(metadata: Any) -> str:
     return f"{_RUN}{next(_NUMBERS):08x}"
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Gives each unary call an id, logs it, and turns its errors into statuses.
+class Calls(grpc.GenericRpcHandler):
+    """Every method of the server. Gives each unary call an id, logs it, and turns its errors into statuses.
 
     A `VisionError` becomes its own status with its own message. Anything else becomes INTERNAL with no more than the
-    request id; its text goes to the log.
+    request id; its text goes to the log. Streams (reflection, health watches) pass as they are.
+
+    This is what gRPC calls an interceptor, except that methods are wrapped once and not at each call, and that a call
+    can be refused as soon as its headers are there. Servicers are added to it by their generated functions as to a
+    server.
+
+    Args:
+        check_room: raises `QueueFull` where no call of a task would be let in. Such a call is refused before its
+            message is read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_room: Callable[[Task], None] | None = None) -> None:
+        self._check_room = check_room
+        self._handlers: list[grpc.GenericRpcHandler] = []
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Take a servicer's methods. Called by its generated function."""
+        self._handlers.extend(handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """The same methods in another form, which would pass by this one. Called by the generated function."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """What answers a call. Called by gRPC as soon as the call's headers are there."""
+        method = handler_call_details.method
+        refusal = self._refusal(method)
+        if refusal is not None:
+            # As a handler of a stream of requests, which gRPC calls before it has read any. On the wire both are one.
+            return grpc.stream_unary_rpc_method_handler(self._counted(_raiser(refusal), method))
+        known = self._wrapped.get(method)
+        if known is not None:
+            return known
+        for handlers in self._handlers:
+            handler = handlers.service(handler_call_details)
+            if handler is not None:
+                self._wrapped[method] = handler = self._wrap(handler, method)
+                return handler
+        return None
 
     async def wait_idle(self) -> None:
         """Wait until no unary call is under way."""
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        """Wrap the handler of a unary call; streams (reflection, health watches) pass as they are."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+    def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        if handler.unary_unary is None:
             return handler
-        method = handler_call_details.method
-        inner = handler.unary_unary
+        return grpc.unary_unary_rpc_method_handler(
+            self._counted(handler.unary_unary, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _refusal(self, method: str) -> QueueFull | None:
+        """Why a call of a method would not be let in, if so."""
+        task = TASK_OF_METHOD.get(method)
+        if task is None or self._check_room is None:
+            return None
+        try:
+            self._check_room(task)
+        except QueueFull as error:
+            return error
+        return None
+
+    def _counted(self, inner: Method, method: str) -> Method:
+        """A method as `observed` runs it, under way for `wait_idle` meanwhile."""
 
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             self._active += 1
@@ -77,11 +132,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if self._active == 0:
                     self._idle.set()
 
-        return grpc.unary_unary_rpc_method_handler(
-            call,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return call
+
+
+def _raiser(error: VisionError) -> Method:
+    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        raise error
+
+    return refuse
 
 
 async def _abort(
@@ -98,7 +156,7 @@ async def _abort(
 
 
 async def observed(
-    inner: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]],
+    inner: Method,
     request: Any,
     context: grpc.aio.ServicerContext,
     method: str,
