@@ -56,7 +56,7 @@ def _commands(part: str, images: Path, results: Path, *, short: bool) -> Iterato
                 *(part for model in (MODELS[:1] if short else MODELS) for part in ("--model", model)),
                 *("--manifest", "benchmarks/models.toml", "--runtime", "openvino", "--precision", precision),
                 *("--images", str(images), "--in-flight", "32", "--json", str(results / f"models-{precision}.json")),
-                *("--rounds", "1" if short else "3", "--seconds", "2" if short else "3"),
+                *("--rounds", "1" if short else "3", "--seconds", "2" if short else "8"),
                 *(("--overload", "3") if precision == "bf16" else ()),
             ]
     elif part == "peers":
