@@ -1,4 +1,4 @@
-"""How trained networks are compared: who is whose partner; and that training sees boxes where the picture has them."""
+"""What trained networks are compared with: training sees boxes where the picture has them."""
 
 import importlib
 import sys
@@ -8,46 +8,10 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from vision_service.types import Detections
 
 sys.path.insert(0, str(ROOT / "scripts"))
-trained = importlib.import_module("fidelity_trained")
 training = importlib.import_module("train_fidelity")
 recipes = importlib.import_module("trained")
-
-BOXES = np.array([[0, 0, 100, 100], [50, 50, 90, 90], [200, 0, 300, 80]], np.float32)
-
-
-def ours(boxes=BOXES, scores=(0.9, 0.8, 0.7), ids=(1, 2, 2)):
-    return Detections(boxes, np.array(ids), tuple("c" for _ in ids), np.array(scores, np.float32))
-
-
-def theirs(boxes=BOXES, scores=(0.9, 0.8, 0.7), ids=(1, 2, 2)):
-    return {"boxes": torch.from_numpy(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(ids)}
-
-
-@pytest.mark.parametrize(
-    ("other", "pairs"),
-    [
-        (theirs(), {(0, 0), (1, 1), (2, 2)}),
-        (theirs(BOXES[::-1].copy(), (0.7, 0.8, 0.9), (2, 2, 1)), {(0, 2), (1, 1), (2, 0)}),
-        (theirs(scores=(0.9, 0.82, 0.7)), {(0, 0), (2, 2)}),
-        (theirs(ids=(2, 2, 2)), {(1, 1), (2, 2)}),
-        (theirs(BOXES + np.float32([0, 0, 3, 0])), set()),
-        (theirs(BOXES[:0], (), ()), set()),
-    ],
-)
-def test_partners_are_of_one_class_with_nearly_the_same_box_and_score(other, pairs):
-    found, overlaps, gaps = trained._pairs(ours(), other)
-    assert set(found) == pairs
-    assert len(overlaps) == len(gaps) == len(pairs)
-    assert (overlaps >= 0.98).all()
-    assert (gaps <= 0.01).all()
-
-
-def test_a_partner_is_taken_once():
-    twins = ours(np.stack([BOXES[0], BOXES[0]]), (0.9, 0.9), (1, 1))
-    assert len(trained._pairs(twins, theirs())[0]) == 1
 
 
 @pytest.mark.parametrize("axis", [1, 2])
