@@ -68,9 +68,10 @@ def detector_losses(network: Any, data: Path, recipe: Recipe, rng: np.random.Gen
 
 def _cell(file: Path, masks: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """A photo, float ``[3, H, W]``, and what torchvision's detectors are told of it."""
-    image = pil_to_tensor(Image.open(file).convert("RGB")) / 255
+    with Image.open(file) as opened:
+        image = pil_to_tensor(opened.convert("RGB")) / 255
     truth = read_voc_annotation(file.parents[1] / "Annotations" / f"{file.stem}.xml")
-    boxes = torch.from_numpy(truth.boxes_xyxy)
+    boxes = torch.from_numpy(truth.boxes_xyxy).float()  # they are in double precision, which FCOS does not take
     target = {"boxes": boxes, "labels": torch.tensor([CELLS.index(name) for name in truth.class_names])}
     if masks:
         target["masks"] = torch.from_numpy(np.stack([_ellipse(box, image.shape[1:]) for box in boxes.numpy()]))

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers import ROOT
 
@@ -45,3 +46,19 @@ def test_a_recipe_is_one_network_in_two_forms(tmp_path, monkeypatch):
     assert spec.preprocess.resize.size_hw == network.transform.fixed_size
     backend = importlib.import_module("vision_service.backends.table").create_backend(spec)
     assert len(backend.build().network.detector.state_dict()) == len(network.state_dict())
+
+
+def test_boxes_to_learn_from_are_of_the_networks_precision(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "JPEGImages").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages/one.jpg")
+    corners = "<xmin>1</xmin><ymin>2</ymin><xmax>21</xmax><ymax>12</ymax>"
+    (tmp_path / "Annotations/one.xml").write_text(
+        f"<annotation><size><width>40</width><height>30</height></size>"
+        f"<object><name>RBC</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
+    image, target = training._cell(tmp_path / "JPEGImages/one.jpg", masks=True)
+    assert image.shape == (3, 30, 40)
+    assert target["boxes"].dtype == torch.float32  # FCOS's loss takes no other
+    assert target["labels"].tolist() == [recipes.CELLS.index("RBC")]
+    assert target["masks"].shape == (1, 30, 40)
