@@ -65,7 +65,7 @@ fidelity: train-fidelity $(YOLO_INSTALLED) ## Compare with the reference impleme
 fidelity-short: install $(YOLO_INSTALLED) ## The same for fewer networks, in some minutes; writes nothing
 	$(WITH_YOLO) $(BIN)/python scripts/fidelity.py --short
 
-train-fidelity: install ## Train torchvision's networks on ../shared/data for `make fidelity`, 43 minutes on one core, once
+train-fidelity: install ## Train torchvision's networks on ../shared/data for `make fidelity`, 43 minutes of processor time, once
 	$(BIN)/python scripts/train_fidelity.py
 
 batch-rate: install ## Measure predict and client on 1000 images beside the pipeline, and their memory

@@ -16,14 +16,17 @@ import argparse
 import re
 import sys
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from fidelity_page import Page, Run, Section
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pycocotools", "onnxruntime", "onnx", "ai-edge-litert")
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "opencv-python", "pycocotools"),
+    *("openvino", "onnxruntime", "onnx", "ai-edge-litert"),
+)
 
 SECTIONS = ("embedded", "darknet", "smp_timm", "torchvision", "trained", "runtimes", "ultralytics")
 """In the page's order. NAME is the constant `SECTION` of the module fidelity_NAME."""
@@ -41,7 +44,8 @@ holds the networks alone to the originals' outputs, within 1e-4 (MobileNetV2, wh
 within 2e-3), and needs neither.
 
 "Ours" is the whole way of a request in process, from the file's bytes to the prediction, which is the path that the
-server runs; on {device}, {precision}. Made with
+server runs; on {device}, {precision}, in the runtime that `auto` takes ([runtimes.md](runtimes.md)) where a row names
+none. Made with
 
 {versions}
 """
@@ -90,6 +94,13 @@ def render(introduction: str, every: dict[str, Section], lines: dict[str, list[s
     return text + "\n## What each was compared with\n\n" + "".join(section.against for section in there)
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared", help="folder with data/ and pretrained/")
@@ -100,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.data / "data").is_dir() or not (args.data / "pretrained").is_dir():
         sys.exit(f"{args.data} has no data/ and pretrained/; say where they are with --data")
-    versions = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
+    versions = "\n".join(f"- {name} {_version(name)}" for name in PACKAGES)
     precision = "in float32" if args.device == "cpu" else "in half precision"
     introduction = INTRODUCTION.format(versions=versions, device=args.device, precision=precision)
     every = sections()

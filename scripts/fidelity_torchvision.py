@@ -1,8 +1,9 @@
 """What is served of torchvision's families against torchvision's own inference, with the same seeded weights.
 
 Detectors and segmenters are compared on the pixels that enter our network, which are compared with the library's in
-grey levels: random networks answer otherwise to the rounding of a pixel, so that the library on the file disagrees with
-itself on a rounded one. "From the file" counts that comparison as well, for what it is worth.
+grey levels. "From the file" counts the comparison with the library on the file as well. Our detectors see pixels that
+nobody rounded, as the library's do; our segmenters see whole grey levels, to whose rounding random networks answer, so
+that the library on the file disagrees with itself on a rounded one.
 
     python scripts/fidelity_torchvision.py [NAME...]
 
@@ -296,10 +297,11 @@ def _maps(theirs: nn.Module, spec: ModelSpec, photos: Sequence[Image.Image], res
 AGAINST = """\
 - **Torchvision**: its own networks, transforms and postprocessing, with seeded random weights on both sides, since
   the official ones have to be fetched. Detectors and segmenters are compared on the pixels that enter our network,
-  and those with the library's in grey levels: ours are rounded, which a random network magnifies until the library
-  disagrees with itself ("from the file"). Required are the same boxes (IoU 0.98, score within 0.01) and classes, and
-  at most one grey level (two for antialiased resizing). Ours leaves out boxes without area and `__background__` on
-  purpose.
+  and those with the library's in grey levels ("input"). "From the file" is the comparison with the library on the same
+  JPEG: pixels of detectors are not rounded, as in the library; those of segmenters are whole grey levels, which a
+  random network magnifies until the library disagrees with itself. Required are the same boxes (IoU 0.98, score within
+  0.01) and classes, and at most one grey level (two for antialiased resizing). Ours leaves out boxes without area and
+  `__background__` on purpose.
 """
 
 SECTION = Section("torchvision", compare, AGAINST, short=", ".join(SHORT))

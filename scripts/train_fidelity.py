@@ -68,9 +68,10 @@ def detector_losses(network: Any, data: Path, recipe: Recipe, rng: np.random.Gen
 
 def _cell(file: Path, masks: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """A photo, float ``[3, H, W]``, and what torchvision's detectors are told of it."""
-    image = pil_to_tensor(Image.open(file).convert("RGB")) / 255
+    with Image.open(file) as opened:
+        image = pil_to_tensor(opened.convert("RGB")) / 255
     truth = read_voc_annotation(file.parents[1] / "Annotations" / f"{file.stem}.xml")
-    boxes = torch.from_numpy(truth.boxes_xyxy)
+    boxes = torch.from_numpy(truth.boxes_xyxy).float()  # they are in double precision, which FCOS does not take
     target = {"boxes": boxes, "labels": torch.tensor([CELLS.index(name) for name in truth.class_names])}
     if masks:
         target["masks"] = torch.from_numpy(np.stack([_ellipse(box, image.shape[1:]) for box in boxes.numpy()]))
@@ -117,11 +118,13 @@ def segmenter_losses(network: nn.Module, data: Path, recipe: Recipe, rng: np.ran
 def train(name: str, data: Path, scale: float, minutes_a_run: float) -> bool:
     """Train one network, or go on with it; whether it is done.
 
+    Its minutes are CPU time, so that work beside it makes training longer and not less.
+
     Args:
         name: in `RECIPES`.
         data: folder with ``bccd/`` and ``isbi2012/``.
         scale: of the recipe's minutes.
-        minutes_a_run: when to stop and keep a checkpoint; 0: when it is done.
+        minutes_a_run: when to stop and keep a checkpoint, by the clock; 0: when it is done.
     """
     recipe, checkpoint = RECIPES[name], CACHE / f"{name}.checkpoint"
     torch.manual_seed(0)
@@ -135,7 +138,7 @@ def train(name: str, data: Path, scale: float, minutes_a_run: float) -> bool:
         passed, steps = kept["passed"], kept["steps"]
     losses_of = detector_losses if hasattr(network, "transform") else segmenter_losses
     data_losses, recent = losses_of(network, data, recipe, np.random.default_rng(steps)), []
-    whole, before, started = recipe.minutes * scale * 60, passed, time.monotonic()
+    whole, before, started = recipe.minutes * scale * 60, passed, time.process_time()
     while passed < whole and (not minutes_a_run or passed - before < 60 * minutes_a_run):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, (steps + 1) / 30, 4 * (1 - passed / whole) + 0.02)
@@ -144,7 +147,7 @@ def train(name: str, data: Path, scale: float, minutes_a_run: float) -> bool:
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
-        steps, passed = steps + 1, before + time.monotonic() - started
+        steps, passed = steps + 1, before + time.process_time() - started
         recent.append(loss.item())
         if len(recent) == 20:
             print(f"{name}: step {steps}, {passed:.0f} of {whole:.0f} s: loss {np.mean(recent):.3f}", flush=True)

@@ -31,7 +31,7 @@ class Recipe:
     """How one network is trained.
 
     Attributes:
-        minutes: on one core of the machine that the figures come from.
+        minutes: of processor time, on the machine that the figures come from.
         batch: images a step.
         rate: AdamW's, at its highest.
         side: shortest side of the input, pixels; 0: the network's own. Smaller ones make the large networks affordable.

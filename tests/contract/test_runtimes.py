@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import subprocess
@@ -10,18 +11,29 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import models
+from torchvision.transforms.functional import pil_to_tensor
 
 from tests.helpers import ROOT
 from vision_service.backends.base import ServedNetwork
 from vision_service.backends.table import create_backend
 from vision_service.config import PreprocessSpec
 from vision_service.config.settings import EMBEDDED_MODELS
+from vision_service.engine.build import replace_fields
 from vision_service.errors import ConfigError, DeviceOutOfMemory
+from vision_service.imaging.decode import decode_image
+from vision_service.imaging.preprocess import preprocess
 from vision_service.runtimes import RUNTIMES, Calibration, Execution, Workload, create_runtime
 from vision_service.weights.manifest import find_model
+from vision_service.zoo import torchvision as zoo
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from fidelity_torchvision import awaken, matched
 
 CPU = torch.device("cpu")
 LARGEST = 6
@@ -124,6 +136,17 @@ class RuntimeContract:
         cut = forward(images, sizes_hw)
         for one, other in zip(whole, cut, strict=True):
             assert not torch.equal(one[-1], other[-1])
+
+    def test_pixels_that_nobody_rounded(self, kept_in, noises):
+        spec = LIMIT.model_copy(update={"interpolation": "bilinear_float"})
+        images, sizes_hw = noise(3)
+        images = images.float() + torch.rand(images.shape, generator=torch.manual_seed(0)) - 0.5
+        forward = self.compiled(sized(), kept_in, noises, images[:1], spec)
+        found = [output.clone() for output in forward(images, sizes_hw)]
+        with torch.inference_mode():
+            self.assert_near(found, sized()(images, sizes_hw))
+        if self.precision != "int8":  # which rounds them itself
+            assert not torch.equal(found[0], forward(images.round(), sizes_hw)[0])
 
     def test_outputs_are_the_callers(self, forward):
         images, sizes_hw = noise(3)
@@ -230,6 +253,38 @@ class TestOpenVinoInt8(RuntimeContract):
 @needs_onnx
 class TestOnnxRuntime(RuntimeContract):
     name = "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("openvino", marks=needs_openvino), pytest.param("onnxruntime", marks=needs_onnx)]
+)
+def test_a_detector_that_sees_unrounded_pixels(name, samples):
+    """SSDLite at a smaller size, seeded and scaled so that its scores differ."""
+    spec = replace_fields(
+        zoo.spec("ssdlite320_mobilenet_v3_large"),
+        {"preprocess": {"resize": {"size_hw": (128, 128)}}, "params": {"score_threshold": 0.1}},
+    ).model_copy(update={"weights": None})
+    photos = [pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB")) / 255 for data in samples.values()]
+    seeded = awaken(models.get_model(spec.name, weights=None, weights_backbone=None), photos)
+    backend = create_backend(spec)
+    network = backend.build().eval().requires_grad_(False)
+    network.network.detector.load_state_dict(seeded.state_dict())
+    prepared = [preprocess(decode_image(data), spec.preprocess) for data in samples.values()]
+    images = torch.from_numpy(np.stack([pixels for pixels, _ in prepared]))
+    sizes_hw = torch.tensor([[128, 128]] * len(images))
+    assert images.dtype == torch.float32
+    with torch.inference_mode():
+        expected = network(images, sizes_hw)
+    forward = create_runtime(name, CPU, Execution(1)).compile(network, Workload(images[:1], len(images)), "fp32")
+    metas, params = [meta for _, meta in prepared], [spec.params] * len(images)
+    theirs, ours = (backend.postprocess(outputs, metas, params) for outputs in (expected, forward(images, sizes_hw)))
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(other) > 5
+        there = {"boxes": other.boxes_xyxy, "labels": other.class_ids, "scores": other.scores}
+        found, overlap, gap = matched(one, {key: torch.from_numpy(values) for key, values in there.items()})
+        assert found == len(one) == len(other)
+        assert overlap > 0.999
+        assert gap < 1e-3
 
 
 def test_every_runtime_of_a_cpu_is_held_to_the_contract():

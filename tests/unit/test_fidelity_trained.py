@@ -1,4 +1,4 @@
-"""How trained networks are compared: who is whose partner; and that training sees boxes where the picture has them."""
+"""What trained networks are compared with: training sees boxes where the picture has them."""
 
 import importlib
 import sys
@@ -6,48 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers import ROOT
-from vision_service.types import Detections
 
 sys.path.insert(0, str(ROOT / "scripts"))
-trained = importlib.import_module("fidelity_trained")
 training = importlib.import_module("train_fidelity")
 recipes = importlib.import_module("trained")
-
-BOXES = np.array([[0, 0, 100, 100], [50, 50, 90, 90], [200, 0, 300, 80]], np.float32)
-
-
-def ours(boxes=BOXES, scores=(0.9, 0.8, 0.7), ids=(1, 2, 2)):
-    return Detections(boxes, np.array(ids), tuple("c" for _ in ids), np.array(scores, np.float32))
-
-
-def theirs(boxes=BOXES, scores=(0.9, 0.8, 0.7), ids=(1, 2, 2)):
-    return {"boxes": torch.from_numpy(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(ids)}
-
-
-@pytest.mark.parametrize(
-    ("other", "pairs"),
-    [
-        (theirs(), {(0, 0), (1, 1), (2, 2)}),
-        (theirs(BOXES[::-1].copy(), (0.7, 0.8, 0.9), (2, 2, 1)), {(0, 2), (1, 1), (2, 0)}),
-        (theirs(scores=(0.9, 0.82, 0.7)), {(0, 0), (2, 2)}),
-        (theirs(ids=(2, 2, 2)), {(1, 1), (2, 2)}),
-        (theirs(BOXES + np.float32([0, 0, 3, 0])), set()),
-        (theirs(BOXES[:0], (), ()), set()),
-    ],
-)
-def test_partners_are_of_one_class_with_nearly_the_same_box_and_score(other, pairs):
-    found, overlaps, gaps = trained._pairs(ours(), other)
-    assert set(found) == pairs
-    assert len(overlaps) == len(gaps) == len(pairs)
-    assert (overlaps >= 0.98).all()
-    assert (gaps <= 0.01).all()
-
-
-def test_a_partner_is_taken_once():
-    twins = ours(np.stack([BOXES[0], BOXES[0]]), (0.9, 0.9), (1, 1))
-    assert len(trained._pairs(twins, theirs())[0]) == 1
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -81,3 +46,19 @@ def test_a_recipe_is_one_network_in_two_forms(tmp_path, monkeypatch):
     assert spec.preprocess.resize.size_hw == network.transform.fixed_size
     backend = importlib.import_module("vision_service.backends.table").create_backend(spec)
     assert len(backend.build().network.detector.state_dict()) == len(network.state_dict())
+
+
+def test_boxes_to_learn_from_are_of_the_networks_precision(tmp_path):
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "JPEGImages").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages/one.jpg")
+    corners = "<xmin>1</xmin><ymin>2</ymin><xmax>21</xmax><ymax>12</ymax>"
+    (tmp_path / "Annotations/one.xml").write_text(
+        f"<annotation><size><width>40</width><height>30</height></size>"
+        f"<object><name>RBC</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
+    image, target = training._cell(tmp_path / "JPEGImages/one.jpg", masks=True)
+    assert image.shape == (3, 30, 40)
+    assert target["boxes"].dtype == torch.float32  # FCOS's loss takes no other
+    assert target["labels"].tolist() == [recipes.CELLS.index("RBC")]
+    assert target["masks"].shape == (1, 30, 40)

@@ -29,6 +29,7 @@ from vision_service.backends.table import create_backend
 from vision_service.errors import ConfigError, WeightsError
 from vision_service.imaging.masks import decode_rle
 from vision_service.imaging.preprocess import preprocess
+from vision_service.runtimes import CannotCompile, Execution, Workload, create_runtime
 from vision_service.weights.check import sha256_of
 from vision_service.weights.manifest import read_manifest
 from vision_service.zoo import ultralytics as family
@@ -130,6 +131,39 @@ def test_same_tensor_same_output(checkpoint_of):
     torch.testing.assert_close(scores, dense[:, 4:9].transpose(1, 2))
     torch.testing.assert_close(coefficients, dense[:, 9:].transpose(1, 2))
     torch.testing.assert_close(our_protos, protos)
+
+
+def in_runtime(name, network, images):
+    work = Workload(images[:1], len(images), any_size=True)
+    return create_runtime(name, torch.device("cpu"), Execution(1)).compile(network, work, "fp32")
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("arch", ["yolov8n", "yolov8n-seg"])
+def test_other_runtimes_answer_as_torch_does(checkpoint_of, arch, runtime):
+    spec = spec_of(checkpoint_of(arch))
+    network = create_backend(spec).build().eval().requires_grad_(False)
+    pixels, meta = preprocess(np.ascontiguousarray(cv2.imread(str(PHOTO))[..., ::-1]), spec.preprocess)
+    images = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
+    sizes_hw = torch.tensor([pixels.shape[:2]] * 2)
+    with torch.inference_mode():
+        expected = network(images, sizes_hw)
+        found = in_runtime(runtime, network, images)(images, sizes_hw)
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ((ours - theirs).abs() <= 1e-3 * theirs.abs().max()).all()
+        one, other = (create_backend(spec).postprocess(o, [meta] * 2, [spec.params] * 2)[0] for o in (found, expected))
+    assert len(one) == len(other) > 0
+    assert (one.class_ids == other.class_ids).all()
+    assert np.abs(one.boxes_xyxy - other.boxes_xyxy).max() < 0.1  # pixels
+    assert np.abs(one.scores - other.scores).max() < 1e-3
+
+
+def test_what_openvino_cannot_convert_is_named(checkpoint_of):
+    spec = spec_of(checkpoint_of("yolo26n"), options={"end_to_end": True})
+    images = torch.full((2, 96, SIZE, 3), 127, dtype=torch.uint8)
+    with pytest.raises(CannotCompile, match=r"OpenVINO cannot convert the network: No conversion rule .* sym_min$"):
+        in_runtime("openvino", create_backend(spec).build().eval().requires_grad_(False), images)
 
 
 def test_end_to_end_reads_the_other_head(checkpoint_of):

@@ -9,9 +9,8 @@ def settle_garbage() -> None:
     """Take everything that lives now out of the garbage collector's sight, for the rest of the process.
 
     Once torch, a runtime and a model are loaded, some 370,000 objects stay for ever. A full collection walks all of
-    them, holds every thread up for 0.2 s meanwhile, and comes every few thousand calls. From here on it only walks what
-    came later. Of what lives now, cycles are never freed: for processes that load their models once, at the start, and
-    never for a library's caller.
+    them and holds every thread up for 0.2 s meanwhile. From here on it only walks what came later. Of what lives now,
+    cycles are never freed: for processes that load their models once, at the start, and never for a library's caller.
     """
     gc.collect()
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ class OpenVino(Runtime):
                 warnings.simplefilter("ignore")
                 model = self._openvino.convert_model(exported)
         except Exception as error:  # its errors have no base class of their own
-            raise CannotCompile(f"OpenVINO cannot convert the network: {first_line(error)}") from error
+            raise CannotCompile(f"OpenVINO cannot convert the network: {_unknown_operations(error)}") from error
         images, sizes_hw = model.inputs
         model.reshape({images: shape, sizes_hw: [shape[0], 2]})
         check_conversion(self._forward(model, "fp32"), network, work, batch)
@@ -143,3 +144,9 @@ class OpenVino(Runtime):
             raise does_not_fit(images, self.device)
 
         return forward
+
+
+def _unknown_operations(error: BaseException) -> str:
+    """What the converter has no rule for, which it says below a line about its own source; else the first line."""
+    found = [line.strip(" -") for line in str(error).splitlines() if "No conversion rule found" in line]
+    return re.sub(r"<function (\w+) at \w+>", r"\1", "; ".join(found)) or first_line(error)
