@@ -288,6 +288,10 @@ def test_a_full_server_refuses_before_it_reads_the_message(gated):
         trailing = dict(caught.value.trailing_metadata())
         assert trailing["x-request-id"]
         assert int(trailing["grpc-retry-pushback-ms"]) > 0
+        with pytest.raises(grpc.RpcError) as caught:  # its sender is told while it is still sending
+            classify(bytes(4_000_000), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "2 calls are waiting and the limit is 2" in caught.value.details()
         with pytest.raises(grpc.RpcError) as caught:
             detect(no_message, timeout=10)  # no model of this task is full
         assert caught.value.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
