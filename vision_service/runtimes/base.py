@@ -61,6 +61,11 @@ class Workload:
     described: str = ""
     calibration: Calibration | None = None
 
+    @property
+    def identity(self) -> str:
+        """`described`, and the type of the pixels: a graph compiled for one type silently rounds the other."""
+        return f"{self.described} {self.example.dtype}"
+
 
 class Runtime(ABC):
     """One way to execute a network on one device.

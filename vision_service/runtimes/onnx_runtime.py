@@ -64,7 +64,7 @@ class OnnxRuntime(Runtime):
         """See `Runtime.compile`."""
         self.check_precision(precision)
         shape = [-1, -1] if work.any_size else list(work.example.shape[1:3])
-        identity = fingerprint(network.eval(), work.described) if self._cache.folder is not None else ""
+        identity = fingerprint(network.eval(), work.identity) if self._cache.folder is not None else ""
         parts = [self.name, self.version, identity, precision, str(shape)]
         entry = self._cache.find(*parts)
         if entry is not None:

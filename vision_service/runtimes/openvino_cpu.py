@@ -66,7 +66,7 @@ class OpenVino(Runtime):
         self.check_precision(precision)
         if precision == "int8":
             _int8.need_calibration(work)
-        identity = fingerprint(network.eval(), work.described) if self._cache.folder is not None else ""
+        identity = fingerprint(network.eval(), work.identity) if self._cache.folder is not None else ""
         try:
             return self._forward(self._model(network, work, precision, identity, None), precision)
         except CannotCompile:

@@ -53,7 +53,7 @@ class TensorRt(Runtime):
         self.check_precision(precision)
         if work.any_size:
             raise CannotCompile("engines are built for one input size, and this model's inputs differ in size")
-        identity = fingerprint(network.eval(), work.described) if self._cache.folder is not None else ""
+        identity = fingerprint(network.eval(), work.identity) if self._cache.folder is not None else ""
         gpu = torch.cuda.get_device_name(self.device)  # an engine is for one kind of GPU
         shape = [work.max_batch_size, *work.example.shape[1:3]]
         parts = [self.name, self.version, torch.__version__, identity, precision, str(shape), gpu]

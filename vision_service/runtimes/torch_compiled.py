@@ -46,7 +46,7 @@ class TorchCompile(Runtime):
         """See `Runtime.compile`."""
         self.check_precision(precision)
         shape = [-1, -1] if work.any_size else list(work.example.shape[1:3])
-        identity = fingerprint(network.eval(), work.described) if self._cache.folder is not None else ""
+        identity = fingerprint(network.eval(), work.identity) if self._cache.folder is not None else ""
         # The number of threads stands in the code that is made.
         parts = [self.name, self.version, identity, precision, str(self.device), str(shape), str(self.threads)]
         entry = self._cache.find(*parts)
