@@ -124,7 +124,7 @@ def train(name: str, data: Path, scale: float, minutes_a_run: float) -> bool:
         name: in `RECIPES`.
         data: folder with ``bccd/`` and ``isbi2012/``.
         scale: of the recipe's minutes.
-        minutes_a_run: when to stop and keep a checkpoint, by the clock; 0: when it is done.
+        minutes_a_run: of CPU time, after which to stop and keep a checkpoint; 0: when it is done.
     """
     recipe, checkpoint = RECIPES[name], CACHE / f"{name}.checkpoint"
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Compare vision-service with LitServe, mosec, Ray Serve and a bare loop: same model, images and load, in one run.
 
-    make bench-peers
+    python benchmarks/run.py --part peers
     python benchmarks/peers/run.py --model mobilenet_v2 --row openvino:bf16 --images FOLDER --output results.json
 
 Every system runs alone, the others are stopped. vision-service is measured first and again last, so that a machine that

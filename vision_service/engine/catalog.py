@@ -117,10 +117,16 @@ class Catalog:
 
     def hosts(self, task: Task | None = None) -> list[ModelHost]:
         """All hosts, ordered by task, name and version."""
+        return sorted(
+            self.hosts_unordered(task),
+            key=lambda host: (host.spec.task, host.spec.name, version_key(host.spec.version)),
+        )
+
+    def hosts_unordered(self, task: Task | None = None) -> list[ModelHost]:
+        """All hosts, for who asks at every call."""
         with self._lock:
             found = [host for versions in self._hosts.values() for host in versions.values()]
-        found = [host for host in found if task is None or host.spec.task is task]
-        return sorted(found, key=lambda host: (host.spec.task, host.spec.name, version_key(host.spec.version)))
+        return [host for host in found if task is None or host.spec.task is task]
 
     def info(self, host: ModelHost) -> ModelInfo:
         """What clients may know of a model."""

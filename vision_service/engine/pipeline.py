@@ -75,7 +75,7 @@ class Pipeline:
         """
         self._admission.check()
         full: QueueFull | None = None
-        for host in self.catalog.hosts(task):
+        for host in self.catalog.hosts_unordered(task):
             try:
                 host.check_room()
             except QueueFull as error:

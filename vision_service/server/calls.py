@@ -63,7 +63,7 @@ class Calls(grpc.GenericRpcHandler):
             message is read.
     """
 
-    def __init__(self, check_room: Callable[[Task], None] | None = None) -> None:
+    def __init__(self, check_room: Callable[[Task], None]) -> None:
         self._check_room = check_room
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
@@ -111,7 +111,7 @@ class Calls(grpc.GenericRpcHandler):
     def _refusal(self, method: str) -> QueueFull | None:
         """Why a call of a method would not be let in, if so."""
         task = TASK_OF_METHOD.get(method)
-        if task is None or self._check_room is None:
+        if task is None:
             return None
         try:
             self._check_room(task)
@@ -155,12 +155,7 @@ async def _abort(
         raise asyncio.CancelledError from None
 
 
-async def observed(
-    inner: Method,
-    request: Any,
-    context: grpc.aio.ServicerContext,
-    method: str,
-) -> Any:
+async def observed(inner: Method, request: Any, context: grpc.aio.ServicerContext, method: str) -> Any:
     """Run a servicer's method: with a request id, its line in the log, and its errors as statuses.
 
     Args:
