@@ -138,6 +138,18 @@ class Pipeline:
         )  # a cancelled call must not keep it in the pool's queue
         return call.result
 
+    def submit_patiently(self, image: ImageInput, **kwargs: Any) -> Future[Result[Any]]:
+        """Submit; wait while other callers keep the queues full; an error becomes the future's. Else as `submit`."""
+        while True:
+            try:
+                return self.submit(image, **kwargs)
+            except QueueFull as error:
+                time.sleep(min(error.retry_after_s, 1.0))
+            except VisionError as error:
+                failed: Future[Result[Any]] = Future()
+                failed.set_exception(error)
+                return failed
+
     def predict(
         self,
         image: ImageInput,
@@ -174,7 +186,7 @@ class Pipeline:
         for image in images:
             if len(flying) >= window:
                 yield _outcome(flying.popleft())
-            flying.append(self._submit_patiently(image, task=task, model=model, version=version, overrides=overrides))
+            flying.append(self.submit_patiently(image, task=task, model=model, version=version, overrides=overrides))
         while flying:
             yield _outcome(flying.popleft())
 
@@ -206,18 +218,6 @@ class Pipeline:
                     raise
             else:
                 return host
-
-    def _submit_patiently(self, image: ImageInput, **kwargs: Any) -> Future[Result[Any]]:
-        """Submit; wait while other callers keep the queues full; an error becomes the future's."""
-        while True:
-            try:
-                return self.submit(image, **kwargs)
-            except QueueFull as error:
-                time.sleep(min(error.retry_after_s, 1.0))
-            except VisionError as error:
-                failed: Future[Result[Any]] = Future()
-                failed.set_exception(error)
-                return failed
 
     def _prepare(self, call: Call) -> None:
         """Decode and preprocess on a worker, then queue. Every way out answers the call."""

@@ -28,7 +28,7 @@ from vision_service.engine.build import build_pipeline, replace_fields
 from vision_service.engine.loaded import pick_device
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.threads import usable_cores
-from vision_service.errors import ConfigError, InvalidImage, QueueFull, VisionError
+from vision_service.errors import ConfigError, InvalidImage, VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
 from vision_service.jobs.reading import read_item
@@ -170,7 +170,15 @@ class Predictor:
         results: list[Result[Prediction]] = []
         failures: list[Failure] = []
         with self._least_busy() as pipeline:
-            under_way = [(spec, self._submit(pipeline, image, spec)) for spec in self.specs]
+            under_way = [
+                (
+                    spec,
+                    pipeline.submit_patiently(
+                        image, task=spec.task, model=spec.name, version=spec.version, overrides=self.overrides
+                    ),
+                )
+                for spec in self.specs
+            ]
             for spec, future in under_way:
                 try:
                     result = future.result()
@@ -192,20 +200,6 @@ class Predictor:
         finally:
             with self._lock:
                 self._busy[pipeline] -= 1
-
-    def _submit(self, pipeline: Pipeline, image: UInt8Array | bytes, spec: ModelSpec) -> Future[Result[Any]]:
-        """Submit; wait while very large images fill the queues; an error becomes the future's."""
-        while True:
-            try:
-                return pipeline.submit(
-                    image, task=spec.task, model=spec.name, version=spec.version, overrides=self.overrides
-                )
-            except QueueFull as error:
-                time.sleep(min(error.retry_after_s, 1.0))
-            except VisionError as error:
-                failed: Future[Result[Any]] = Future()
-                failed.set_exception(error)
-                return failed
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], in_flight: int) -> Iterator[R]:
