@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from vision_service.engine.build import replace_fields
 from vision_service.errors import ConfigError, DeviceOutOfMemory
 from vision_service.imaging.decode import decode_image
 from vision_service.imaging.preprocess import preprocess
-from vision_service.runtimes import RUNTIMES, Calibration, Execution, Workload, create_runtime
+from vision_service.runtimes import RUNTIMES, Calibration, Execution, Forwards, Workload, create_runtime
 from vision_service.weights.manifest import find_model
 from vision_service.zoo import torchvision as zoo
 
@@ -285,6 +286,41 @@ def test_a_detector_that_sees_unrounded_pixels(name, samples):
         assert found == len(one) == len(other)
         assert overlap > 0.999
         assert gap < 1e-3
+
+
+@needs_openvino
+def test_passes_at_one_time_do_not_touch_each_other():
+    forwards = create_runtime("openvino", CPU, Execution(2, None, 2, 1)).compile(
+        sized(), Workload(noise(1)[0], LARGEST), "fp32"
+    )
+    assert len(forwards.beside) == 2
+    wrong = []
+
+    def run(forward, count):
+        images, sizes_hw = noise(count)
+        with torch.inference_mode():
+            expected = sized()(images, sizes_hw)
+        outputs = [forward(images, sizes_hw) for _ in range(40)]  # kept: a later call must not change them
+        for output in outputs:
+            for ours, theirs in zip(output, expected, strict=True):
+                if not torch.allclose(ours.float(), theirs.float(), rtol=0, atol=1e-5 * float(theirs.abs().max())):
+                    wrong.append(count)
+
+    threads = [
+        threading.Thread(target=run, args=(forward, count))
+        for forward, count in zip((forwards, *forwards.beside), (3, 4, 5), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+
+
+@needs_openvino
+def test_one_pass_at_a_time_is_one_function():
+    forward = create_runtime("openvino", CPU, Execution(2)).compile(sized(), Workload(noise(1)[0], LARGEST), "fp32")
+    assert not isinstance(forward, Forwards)
 
 
 def test_every_runtime_of_a_cpu_is_held_to_the_contract():

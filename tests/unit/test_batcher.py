@@ -8,6 +8,7 @@ import pytest
 
 from vision_service.engine.batcher import Batcher
 from vision_service.engine.queue import BatchLimits
+from vision_service.engine.threads import ForwardGate, GateShare
 from vision_service.errors import DeadlineExceeded, DeviceOutOfMemory, InferenceFailed, ModelUnavailable, QueueFull
 
 
@@ -497,7 +498,8 @@ def test_limits_may_change_while_jobs_wait(make, executor):
 
 
 def test_executors_behind_one_gate_take_turns_and_batches_grow_meanwhile():
-    gate, running, most = threading.Semaphore(1), [], []
+    gate, running, most = ForwardGate(1), [], []
+    share = GateShare(gate, beside=1, alone=1)
 
     def execute(payloads):
         running.append(1)
@@ -506,28 +508,205 @@ def test_executors_behind_one_gate_take_turns_and_batches_grow_meanwhile():
         running.pop()
         return payloads
 
-    batchers = [Batcher(execute, BatchLimits(max_batch_size=64), gate=gate) for _ in range(3)]
+    batchers = [Batcher(execute, BatchLimits(max_batch_size=64), gate=share) for _ in range(3)]
     try:
-        with gate:
-            futures = [batcher.submit(x) for batcher in batchers for x in range(8)]
-            time.sleep(0.05)
-            assert not most
+        share.acquire()
+        futures = [batcher.submit(x) for batcher in batchers for x in range(8)]
+        time.sleep(0.05)
+        assert not most
+        share.release(wide=False)
         assert {future.result(5).batch_size for future in futures} == {8}
         assert most == [1, 1, 1]
     finally:
         for batcher in batchers:
             batcher.close(5)
-    assert gate.acquire(blocking=False)  # it was given back
+    assert gate.try_acquire(1)  # it was given back
 
 
-def test_a_gate_is_given_back_when_all_that_waited_has_gone(make, executor):
-    gate = threading.Semaphore(1)
-    batcher = Batcher(executor, BatchLimits(), gate=gate)
+def test_a_gate_is_given_back_when_all_that_waited_has_gone(executor):
+    share = GateShare(ForwardGate(1), beside=1, alone=1)
+    batcher = Batcher(executor, BatchLimits(), gate=share)
     try:
-        with gate:
-            batcher.submit(1).cancel()
-            time.sleep(0.02)
+        share.acquire()
+        batcher.submit(1).cancel()
+        time.sleep(0.02)
+        share.release(wide=False)
         assert batcher.submit(2).result(5).value == 4
         assert executor.seen == [2]
     finally:
         batcher.close(5)
+
+
+class Beside:
+    """A batcher with two executors that may run at one time, and what it is told to be coming.
+
+    Args:
+        gate: of the batcher.
+        limits: of the batcher.
+    """
+
+    def __init__(self, gate=None, **limits):
+        self.alone, self.both = Executor(), (Executor(), Executor())
+        self.coming = 0
+        self.batcher = Batcher(
+            self.alone, BatchLimits(**limits), gate=gate, beside=self.both, coming=lambda: self.coming
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.let_go()
+        self.batcher.close(5)
+
+    def hold(self):
+        for executor in (self.alone, *self.both):
+            executor.gate.clear()
+
+    def let_go(self):
+        for executor in (self.alone, *self.both):
+            executor.gate.set()
+
+    def batches(self):
+        """Those that ran alone, and those that ran beside others."""
+        return [self.alone.batches, sorted(self.both[0].batches + self.both[1].batches)]
+
+    def begun(self, count):
+        """`batches`, once so many have begun."""
+        until_s = time.monotonic() + 5
+        while sum(map(len, self.batches())) < count and time.monotonic() < until_s:
+            time.sleep(0.002)
+        return self.batches()
+
+
+def test_a_job_without_company_runs_alone():
+    with Beside(max_batch_size=4) as made:
+        assert [made.batcher.submit(x).result(5).value for x in (1, 2, 3)] == [2, 4, 6]
+        assert made.batches() == [[[1], [2], [3]], []]
+
+
+def test_under_load_batches_run_at_one_time_and_every_caller_gets_its_own_answer():
+    with Beside(max_batch_size=2) as made:
+        made.hold()
+        made.coming = 4  # two full batches are on their way, so the first one leaves room
+        futures = [made.batcher.submit(0)]
+        assert made.begun(1) == [[], [[0]]]
+        futures += [made.batcher.submit(x) for x in (1, 2, 3, 4)]
+        assert made.begun(2) == [[], [[0], [1, 2]]]
+        time.sleep(0.05)
+        assert made.batches() == [[], [[0], [1, 2]]]  # two at one time; the others wait
+        made.coming = 0
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [0, 2, 4, 6, 8]
+        assert sum(executor.seen.count(4) for executor in (made.alone, *made.both)) == 1
+
+
+def test_a_second_batch_waits_to_be_full_while_jobs_are_coming_and_no_longer():
+    with Beside(max_batch_size=3) as made:
+        made.hold()
+        made.coming = 6
+        futures = [made.batcher.submit(0)]
+        made.begun(1)
+        futures += [made.batcher.submit(x) for x in (1, 2)]
+        time.sleep(0.05)
+        assert made.batches() == [[], [[0]]]
+        futures.append(made.batcher.submit(3))
+        assert made.begun(2) == [[], [[0], [1, 2, 3]]]
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [0, 2, 4, 6]
+        # What nobody else is coming to join runs at once.
+        made.hold()
+        futures = [made.batcher.submit(4)]
+        made.begun(3)
+        made.coming = 0
+        futures.append(made.batcher.submit(5))
+        assert made.begun(4) == [[], [[0], [1, 2, 3], [4], [5]]]
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [8, 10]
+
+
+def test_a_second_batch_that_waits_goes_on_when_the_first_one_ends():
+    with Beside(max_batch_size=3) as made:
+        made.hold()
+        made.coming = 6
+        futures = [made.batcher.submit(0)]
+        made.begun(1)
+        futures.append(made.batcher.submit(1))
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [0, 2]  # though others are coming still
+
+
+def test_a_batch_runs_beside_where_another_model_has_cores():
+    gate = ForwardGate(2)
+    with Beside(GateShare(gate, beside=1, alone=2), max_batch_size=4) as made:
+        assert gate.try_acquire(1)  # another model's
+        assert made.batcher.submit(1).result(5).value == 2
+        assert made.batches() == [[], [[1]]]
+        gate.release(1)
+        assert made.batcher.submit(2).result(5).value == 4
+        assert made.batches() == [[[2]], [[1]]]
+    assert gate.try_acquire(2)  # all were given back
+
+
+def test_nothing_runs_beside_a_batch_that_has_all_cores():
+    with Beside(GateShare(ForwardGate(2), beside=1, alone=2), max_batch_size=4) as made:
+        made.hold()
+        futures = [made.batcher.submit(1)]
+        assert made.begun(1) == [[[1]], []]
+        futures.append(made.batcher.submit(2))
+        time.sleep(0.05)
+        assert made.batches() == [[[1]], []]
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [2, 4]
+
+
+def test_executors_that_run_at_one_time_blame_the_job_at_fault():
+    def doubled(payloads):
+        if 13 in payloads:
+            raise ValueError("unlucky")
+        time.sleep(0.002)
+        return [2 * x for x in payloads]
+
+    batcher = Batcher(doubled, BatchLimits(max_batch_size=4), beside=[doubled, doubled], coming=lambda: 8)
+    try:
+        futures = [batcher.submit(x) for x in range(40)]
+        assert [x for x, future in enumerate(futures) if future.exception(5)] == [13]
+        assert isinstance(futures[13].exception(0), InferenceFailed)
+        assert all(future.result(0).value == 2 * x for x, future in enumerate(futures) if x != 13)
+    finally:
+        assert batcher.close(5)
+
+
+def test_closing_runs_what_waits_for_several_executors_and_ends_their_threads():
+    with Beside(max_batch_size=2) as made:
+        made.hold()
+        made.coming = 4
+        futures = [made.batcher.submit(x) for x in range(9)]
+        made.begun(2)
+        threading.Timer(0.05, made.let_go).start()
+        assert made.batcher.close(5)  # though jobs are said to be coming
+        assert [future.result(0).value for future in futures] == [2 * x for x in range(9)]
+        assert not any(thread.is_alive() for thread in made.batcher._threads)
+
+
+def test_answers_of_batches_that_ran_at_one_time_are_made_one_batch_after_the_other():
+    making, most = [], []
+
+    def finish(payloads, outcome, start):
+        making.append(1)
+        most.append(len(making))
+        time.sleep(0.003)
+        making.pop()
+        return outcome[start : start + len(payloads)]
+
+    def doubled(payloads):
+        return [2 * x for x in payloads]
+
+    limits = BatchLimits(max_batch_size=4)
+    batcher = Batcher(doubled, limits, finish=finish, beside=[doubled, doubled], coming=lambda: 8)
+    try:
+        futures = [batcher.submit(x) for x in range(60)]
+        assert [future.result(5).value for future in futures] == [2 * x for x in range(60)]
+        assert set(most) == {1}
+    finally:
+        assert batcher.close(5)

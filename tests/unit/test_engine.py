@@ -1,10 +1,12 @@
 """Host, catalog and pipeline, on a tiny network that a third-party package brings."""
 
 import gc
+import os
 import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from tiny_backend import BATCHES, SEEN
 
 from tests.helpers import red_image, tiny_spec
+from vision_service.engine.build import replace_fields
 from vision_service.engine.catalog import Catalog, version_key
 from vision_service.engine.pipeline import Pipeline
-from vision_service.engine.threads import ForwardGate
+from vision_service.engine.threads import ForwardGate, in_a_nicer_thread
 from vision_service.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -27,7 +30,9 @@ from vision_service.errors import (
 )
 from vision_service.imaging.source import RawPixels
 from vision_service.model_info import ModelState
+from vision_service.runtimes import Execution
 from vision_service.types import ParamOverrides, Task
+from vision_service.weights.manifest import find_model
 
 CLASSIFY = {"task": Task.CLASSIFY}
 
@@ -470,16 +475,16 @@ def test_forward_passes_of_several_models_take_turns(pipeline):
     running, most = [], []
 
     class Watched(ForwardGate):
-        def acquire(self):
-            super().acquire()
+        def acquire(self, wanted):
+            super().acquire(wanted)
             running.append(1)
             most.append(len(running))
 
-        def release(self):
+        def release(self, count):
             running.pop()
-            super().release()
+            super().release(count)
 
-    made = Pipeline(Catalog(cpu_gate=Watched(1)), decode_workers=2)
+    made = Pipeline(Catalog(cpu_gate=Watched(2)), decode_workers=2)
     for name in ("a", "b"):
         made.catalog.load(tiny_spec(name=name, options={"sleep_s": 0.005}))
     futures = [made.submit(red_image(i), model="ab"[i % 2], **CLASSIFY) for i in range(24)]
@@ -489,26 +494,116 @@ def test_forward_passes_of_several_models_take_turns(pipeline):
     assert len(most) > 4  # two warm-ups, and batches of both
 
 
-def test_a_gate_is_fair_and_lets_as_many_through_as_it_says():
-    gate, order = ForwardGate(2), []
-    gate.acquire()
-    gate.acquire()
+def waiting(gate, threads, count):
+    """Start a thread and wait until so many stand at the gate."""
+    threads[-1].start()
+    while len(gate._waiting) < count:
+        time.sleep(0.001)
 
-    def passing(number):
-        with gate:
-            order.append(number)
 
-    threads = []
-    for number in range(5):
-        threads.append(threading.Thread(target=passing, args=(number,)))
-        threads[-1].start()
-        while len(gate._waiting) < number + 1:
-            time.sleep(0.001)
+def test_a_gate_is_fair_and_gives_out_no_more_cores_than_there_are():
+    gate, order, threads = ForwardGate(4), [], []
+    gate.acquire(3)
+
+    def passing(number, cores):
+        gate.acquire(cores)
+        order.append(number)
+        gate.release(cores)
+
+    for number, cores in enumerate((2, 1, 100, 1)):  # nobody passes by who waits, though one core is free
+        threads.append(threading.Thread(target=passing, args=(number, cores)))
+        waiting(gate, threads, number + 1)
+    assert not gate.try_acquire(1)
     assert order == []
-    gate.release()
+    gate.release(3)
     for thread in threads:
         thread.join(5)
-    assert order == list(range(5))
+    assert order[2:] == [2, 3]
+    assert set(order[:2]) == {0, 1}  # at the same time
+    assert gate.try_acquire(4)
+    assert not gate.try_acquire(1)
+
+
+@contextmanager
+def several_passes(**batching):
+    """A pipeline whose model may make two passes at one time, and how many batches ran so, noted as they run."""
+    pytest.importorskip("openvino")
+    spec = replace_fields(find_model("mobilenet_v2"), {"batching": {"max_batch_size": 2} | batching})
+    with Pipeline(Catalog(None, Execution(2, None, 2, 1), ForwardGate(2)), decode_workers=2) as made:
+        model = made.catalog.load(spec)._model
+        sizes = []
+
+        def noted(run):
+            def forward(batch):
+                sizes.append(len(batch))
+                return run(batch)
+
+            return forward
+
+        assert len(model.forwards_beside) == 2
+        model.forwards_beside = tuple(map(noted, model.forwards_beside))
+        del model
+        yield made, sizes
+
+
+def test_passes_at_one_time_answer_as_one_alone_and_nobody_gets_anothers_answer(samples):
+    photos = list(samples.values())
+    with several_passes() as (made, sizes):
+        alone = [made.predict(photo, **CLASSIFY).prediction for photo in photos]
+        assert sizes == []
+        futures = [made.submit(photo, **CLASSIFY) for photo in 8 * photos]
+        for expected, future in zip(8 * alone, futures, strict=True):
+            found = future.result(30).prediction
+            assert found.class_names[0] == expected.class_names[0]
+            np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=1e-4)
+        assert len(sizes) > len(photos)
+        assert set(sizes) <= {1, 2}
+
+
+def test_a_model_with_an_objective_has_all_cores_for_every_pass(samples):
+    with several_passes(target_p99_ms=60_000) as (made, sizes):
+        for future in [made.submit(samples["coffee"], **CLASSIFY) for _ in range(30)]:
+            future.result(30)
+        assert sizes == []
+
+
+def test_the_network_of_an_unloaded_model_is_freed_with_all_its_passes(samples):
+    with several_passes() as (made, _):
+        model = weakref.ref(made.catalog.hosts()[0]._model)
+        made.predict(samples["coffee"], **CLASSIFY)
+        made.catalog.unload("mobilenet_v2", made.catalog.hosts()[0].spec.version)
+        gc.collect()
+        assert model() is None
+
+
+def niceness(thread):
+    return os.getpriority(os.PRIO_PROCESS, thread)
+
+
+def test_threads_that_compute_are_nicer_than_those_that_talk(pipeline):
+    mine = niceness(threading.get_native_id())
+    made = Pipeline(Catalog(None, Execution(nice=3)), decode_workers=1, nice=4)
+    found = {}
+
+    def note(name):
+        found[name] = niceness(threading.get_native_id()) - mine
+
+    try:
+        model = made.catalog.load(tiny_spec())._model
+        forward = model.forward
+        model.forward = lambda batch: note("forward") or forward(batch)
+        made.pool.submit(note, "decode").result(5)
+        made.predict(red_image(1), **CLASSIFY)
+    finally:
+        made.close(5)
+    note("caller")
+    assert found == {"decode": 4, "forward": 3, "caller": 0}
+
+
+def test_a_nicer_thread_returns_and_raises_what_it_runs():
+    assert in_a_nicer_thread(lambda: threading.current_thread().name, 0, name="mine") == "mine"
+    with pytest.raises(ZeroDivisionError):
+        in_a_nicer_thread(lambda: 1 // 0, 1, name="mine")
 
 
 def test_an_objective_chooses_batch_delay_and_queue_and_says_so(pipeline):

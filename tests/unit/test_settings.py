@@ -119,10 +119,16 @@ def test_thread_budget_and_its_effect():
     import cv2
     import torch
 
-    assert ThreadBudget.plan(8, on_gpu=False) == ThreadBudget(8, 8)
-    assert ThreadBudget.plan(8, on_gpu=True) == ThreadBudget(7, 1)
-    assert ThreadBudget.plan(1, on_gpu=True) == ThreadBudget(1, 1)
-    assert ThreadBudget.plan(8, on_gpu=False, decode_workers=3, runtime_threads=5) == ThreadBudget(3, 5)
+    assert ThreadBudget.plan(8, on_gpu=False) == ThreadBudget(8, 8, 2)
+    assert ThreadBudget.plan(1, on_gpu=False) == ThreadBudget(1, 1, 1)
+    assert ThreadBudget.plan(8, on_gpu=True) == ThreadBudget(7, 1, 1)
+    assert ThreadBudget.plan(1, on_gpu=True, forward_passes=2) == ThreadBudget(1, 1, 1)
+    assert ThreadBudget.plan(8, on_gpu=False, decode_workers=3, runtime_threads=5) == ThreadBudget(3, 5, 1)
+    assert ThreadBudget.plan(8, on_gpu=False, runtime_threads=2) == ThreadBudget(8, 2, 4)
+    assert ThreadBudget.plan(8, on_gpu=False, forward_passes=3) == ThreadBudget(8, 8, 3)
+    passes = {(8, 0): 4, (8, 3): 2, (8, 1): 8, (2, 0): 1, (1, 0): 1}  # cores and passes to the threads of each pass
+    for (cores, wanted), threads in passes.items():
+        assert ThreadBudget.plan(cores, on_gpu=False, forward_passes=wanted).threads_beside == threads
     before = torch.get_num_threads()
     try:
         settings = ServerSettings.read(decode_workers=3, runtime_threads=1)

@@ -14,10 +14,26 @@ def test_between_two_measured_sizes_lies_a_line():
 
 
 def test_without_an_objective_the_spec_is_kept():
-    choice = choose(BatchingSpec(max_batch_size=8, max_delay_ms=3, max_queued_jobs=20), GAINS)
+    spec = BatchingSpec(max_batch_size=8, max_delay_ms=3, max_queued_jobs=20)
+    choice = choose(spec, LatencyCurve(((1, 10.0), (2, 12.0), (4, 20.0), (8, 36.0))))
     assert (choice.limits.max_batch_size, choice.limits.max_delay_s, choice.limits.max_queued_jobs) == (8, 0.003, 20)
-    assert choice.within_ms == 4 * 40  # 20 wait in three batches, and one runs
+    assert choice.within_ms == 4 * 36  # 20 wait in three batches, and one runs
     assert choice.kept
+
+
+@pytest.mark.parametrize(
+    ("points", "most", "batch"),
+    [
+        (((1, 10.0), (2, 12.0), (4, 20.0), (8, 40.0)), 8, 4),  # twice the batch for nothing
+        (((1, 10.0), (2, 12.0), (4, 20.0), (8, 36.0)), 8, 8),  # 4.5 ms an image instead of 5
+        (((1, 10.0), (2, 12.0), (4, 20.0), (8, 48.0)), 8, 4),  # 6 ms an image: too large for the caches
+        (((1, 10.0), (2, 12.0), (4, 20.0), (8, 20.0)), 4, 4),  # no larger than the spec says
+        (((1, 10.0), (2, 20.4), (4, 41.0), (6, 61.0)), 6, 1),  # about as little, whatever the size
+        (((1, 10.0), (2, 18.0), (4, 34.5)), 4, 2),  # 9 against 8.625
+    ],
+)
+def test_the_smallest_batch_that_costs_an_image_about_as_little_as_any(points, most, batch):
+    assert choose(BatchingSpec(max_batch_size=most), LatencyCurve(points)).limits.max_batch_size == batch
 
 
 @pytest.mark.parametrize(

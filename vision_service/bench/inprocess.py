@@ -96,7 +96,7 @@ class Bench:
         geometry = spec.preprocess
         decoded = [decode_for(image, geometry) for image in self._images]
         prepared = [preprocess(image, geometry, original_hw) for image, original_hw in decoded]
-        most = spec.batching.max_batch_size
+        most = host.info(is_default=True).max_batch_size
         pixels, sizes_hw = self._batch(most)
         outputs = host.forward(pixels, sizes_hw)
         metas = [prepared[index % len(prepared)][1] for index in range(most)]

@@ -50,6 +50,10 @@ class ServerSettings(BaseSettings):
         require_all_models: stop when a model cannot be loaded; otherwise serve the others.
         decode_workers: threads that decode and preprocess; 0 plans them from the usable cores.
         runtime_threads: threads inside one forward pass on the CPU; 0 plans them from the usable cores.
+        forward_passes: forward passes of one model that may run on the CPU at one time, and share the threads; 0 plans
+            them from the usable cores.
+        compute_nice: by how much threads that decode and compute are nicer (see ``man 2 nice``) than those that talk to
+            callers; 0: not at all.
         max_image_bytes: largest encoded or raw image, bytes.
         max_image_pixels: largest image, pixels, read from its header before it is decoded.
         max_message_bytes: largest gRPC message in either direction, bytes.
@@ -81,6 +85,8 @@ class ServerSettings(BaseSettings):
     require_all_models: bool = True
     decode_workers: Annotated[int, Field(ge=0)] = 0
     runtime_threads: Annotated[int, Field(ge=0)] = 0
+    forward_passes: Annotated[int, Field(ge=0)] = 0
+    compute_nice: Annotated[int, Field(ge=0, le=19)] = 5
     max_image_bytes: Count = 32 * MIB
     max_image_pixels: Count = 50_000_000
     max_message_bytes: Count = 64 * MIB

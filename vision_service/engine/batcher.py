@@ -1,6 +1,6 @@
-"""Joins jobs of many callers into batches for one executor. Knows neither torch nor gRPC.
+"""Joins jobs of many callers into batches for executors. Knows neither torch nor gRPC.
 
-Work-conserving: while the executor is idle, what is queued runs at once, even a single job; while it is busy, a batch
+Work-conserving: while an executor is idle, what is queued runs at once, even a single job; while all are busy, a batch
 forms. An optional delay counts from the oldest queued job. Jobs only share a batch with jobs of the same key (the
 shape of their pixels). The queue is bounded by jobs and by bytes. Deadlines and cancellation are part of the queue:
 an expired job leaves by timer, a cancelled one at once, and neither reaches the executor.
@@ -14,8 +14,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from vision_service.engine.queue import FOREVER_S, BatchLimits, Job, JobQueue, Ride
@@ -28,28 +30,53 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
+_WORTH_SHARING = 2
+"""So many full batches must be waiting or coming for a batch to leave room for others beside it. With fewer, the room
+would stay empty for part of the time."""
+
+
 class Gate(Protocol):
-    """Lets so many executors run at one time."""
+    """Decides how many executors, of this batcher and of others, run at one time."""
 
-    def acquire(self) -> object:
-        """Wait for a turn."""
+    def acquire(self) -> None:
+        """Wait for a turn beside others."""
 
-    def release(self) -> object:
+    def widen(self) -> bool:
+        """Have everything for this turn, if nobody else has a turn or waits for one."""
+
+    def release(self, *, wide: bool) -> None:
         """Give the turn back."""
 
 
+class OpenGate:
+    """No gate: everyone's turn is now."""
+
+    def acquire(self) -> None:
+        """Do not wait."""
+
+    def widen(self) -> bool:
+        """Nobody else is known."""
+        return True
+
+    def release(self, *, wide: bool) -> None:
+        """Nobody waits."""
+
+
 class Batcher(Generic[T, R]):
-    """One queue, one executor, one thread that runs it.
+    """One queue and its executors, each with a thread that runs it.
 
     Args:
-        execute: payloads in, as many answers out, in the same order; with ``finish``, an outcome for it instead. Called
-            from the batcher's own thread only.
+        execute: payloads in, as many answers out, in the same order; with ``finish``, an outcome for it instead. One
+            call at a time, from the batcher's own threads only.
         limits: bounds of the batch and of the queue.
         name: for thread names, messages and the log.
         expected: errors that are no one's fault and so are not logged as one (out of memory).
         finish: second stage: payloads, the outcome of ``execute`` and the place of the first payload in it; answers
             out. Runs beside the next execution where jobs wait, one call at a time.
         gate: whose turn is waited for before a batch is taken, and held while it executes; ``None``: always open.
+        beside: do what ``execute`` does, one call of each at a time. Under load as many batches run at one time;
+            ``execute`` has the others.
+        coming: how many jobs are about to be submitted.
     """
 
     def __init__(
@@ -61,10 +88,15 @@ class Batcher(Generic[T, R]):
         expected: tuple[type[VisionError], ...] = (),
         finish: Finish[T, R] | None = None,
         gate: Gate | None = None,
+        beside: Sequence[Execute[T]] = (),
+        coming: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._runner: BatchRunner[T, R] = BatchRunner(execute, finish, name=name, expected=expected)
+        self._runner: BatchRunner[T, R] = BatchRunner(finish, name=name, expected=expected)
+        self._execute = execute
+        self._beside = beside
+        self._coming = coming
         self._name = name
-        self._gate: Gate = gate or threading.Semaphore(1)
+        self._gate: Gate = gate or OpenGate()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # something to run, or closing
         self._expiry = threading.Condition(self._lock)  # an earlier deadline than the timer knows, or closing
@@ -72,14 +104,16 @@ class Batcher(Generic[T, R]):
         self._handover = threading.Condition(self._lock)  # something to finish, or room for it, or over
         self._queue: JobQueue[T, R] = JobQueue(limits)
         self._next_expiry_s = FOREVER_S
-        self._running = False
-        self._unfinished: list[Executed[T, R]] = []  # what the finisher has in hand
-        self._over = False  # the executor's thread has ended
+        self._running: dict[int, int] = {}  # jobs in the batch that runs, by executor
+        self._unfinished: deque[Executed[T, R]] = deque()  # the first one is what the finisher has in hand
+        self._executors = max(1, len(beside))  # threads that have not ended
         self._has_finisher = finish is not None
         self._closing = False
-        self._batch_jobs = 0  # in the batch that runs
-        self._job_s = 0.0  # moving average of the executor's time per job, seconds
-        targets = {"run": self._run_forever, "timer": self._expire_forever}
+        self._job_s = 0.0  # moving average of the time per job, seconds
+        targets: dict[str, Callable[[], None]] = {
+            f"run-{number}": partial(self._run_forever, number) for number in range(self._executors)
+        }
+        targets["timer"] = self._expire_forever
         if self._has_finisher:
             targets["finish"] = self._finish_forever
         self._threads = [
@@ -179,8 +213,8 @@ class Batcher(Generic[T, R]):
             raise ModelUnavailable(f"{self._name} is stopping; call again in a moment")
         why = self._queue.why_full(nbytes, coming)
         if why is not None:
-            # The batch that runs and half of the queue: then there is room, and no idle gap.
-            ahead = self._batch_jobs + (len(self._queue) + coming) / 2
+            # The batches that run and half of the queue: then there is room, and no idle gap.
+            ahead = sum(self._running.values()) + (len(self._queue) + coming) / 2
             retry_after_s = max(0.02, self._job_s * ahead)
             message = f"the queue of {self._name} is full: {why}; call again in {retry_after_s:.2f} s"
             raise QueueFull(message, retry_after_s)
@@ -215,16 +249,18 @@ class Batcher(Generic[T, R]):
                     self._expiry.wait(None if wait_s == FOREVER_S else min(wait_s, threading.TIMEOUT_MAX))
             self._runner.expire(expired)
 
-    # --- the executor's thread ----------------------------------------------------------------------------------
+    # --- the executors' threads ---------------------------------------------------------------------------------
 
-    def _run_forever(self) -> None:
-        while (batch := self._next_batch()) is not None:
+    def _run_forever(self, number: int) -> None:
+        while (found := self._next_batch(number)) is not None:
+            batch, execute = found
+            del found
             started_s = time.monotonic()
             try:
                 try:
-                    executed = self._runner.start(batch, started_s)
+                    executed = self._runner.start(execute, batch, started_s)
                 finally:
-                    self._gate.release()
+                    self._gate.release(wide=execute is self._execute)
                 self._hand_over(executed)
                 del executed
             except BaseException as error:
@@ -232,16 +268,20 @@ class Batcher(Generic[T, R]):
             seconds = (time.monotonic() - started_s) / len(batch)
             del batch  # while this thread waits for the next one, nothing keeps these images
             with self._lock:
-                self._running = False
-                self._batch_jobs = 0
+                seconds /= len(self._running)
+                del self._running[number]
                 self._job_s = seconds if self._job_s == 0 else 0.8 * self._job_s + 0.2 * seconds
                 self._notify_if_idle()
         with self._lock:
-            self._over = True
+            self._executors -= 1
             self._handover.notify_all()
 
-    def _next_batch(self) -> list[Job[T, R]] | None:
-        """Wait for a batch that is due, and for the gate; ``None`` when closing and nothing is left."""
+    def _next_batch(self, number: int) -> tuple[list[Job[T, R]], Execute[T]] | None:
+        """Wait for a batch that is due, and for the gate; ``None`` when closing and nothing is left.
+
+        Returns:
+            The batch and what is to execute it.
+        """
         while True:
             with self._lock:
                 while (wait_s := self._wait_s()) > 0:
@@ -253,24 +293,40 @@ class Batcher(Generic[T, R]):
                 now_s = time.monotonic()
                 key, due_s = self._queue.due(now_s, hurry=self._closing)
                 if due_s <= now_s:
-                    self._running = True
                     batch = self._queue.take(key)
-                    self._batch_jobs = len(batch)
-                    return batch
-            self._gate.release()
+                    self._running[number] = len(batch)
+                    if self._queue:
+                        self._work.notify()  # another executor may be free for the rest
+                    return batch, self._executor(number)
+            self._gate.release(wide=False)
+
+    def _executor(self, number: int) -> Execute[T]:
+        """What executes the batch that was just taken."""
+        if not self._beside:
+            return self._execute
+        enough = len(self._queue) + self._coming() >= _WORTH_SHARING * self.limits.max_batch_size
+        if len(self._running) > 1 or enough or not self._gate.widen():
+            return self._beside[number]
+        return self._execute
 
     def _wait_s(self) -> float:
-        """How long until a batch is due; `FOREVER_S` when nothing waits."""
+        """How long until a batch is due; `FOREVER_S` when nothing waits.
+
+        A second batch at one time shall be a full one: small ones cost more an image than they gain. It does not wait
+        for jobs that are not coming, and no longer than for the first one's end.
+        """
+        if self._running and len(self._queue) < self.limits.max_batch_size and self._coming() and not self._closing:
+            return FOREVER_S
         now_s = time.monotonic()
         return self._queue.due(now_s, hurry=self._closing)[1] - now_s
 
     def _hand_over(self, parts: list[Executed[T, R]]) -> None:
-        """Have executed jobs answered: by the finisher's thread if the executor has other work, else right here."""
+        """Have executed jobs answered: by the finisher's thread if there is other work, else right here."""
         for part in parts:
             with self._lock:
                 beside = self._has_finisher and bool(self._queue)
                 if beside:
-                    self._handover.wait_for(lambda: not self._unfinished)
+                    self._handover.wait_for(lambda: len(self._unfinished) < max(1, len(self._beside)))
                     self._unfinished.append(part)
                     self._handover.notify_all()
             if not beside:
@@ -287,7 +343,7 @@ class Batcher(Generic[T, R]):
     def _finish_forever(self) -> None:
         while True:
             with self._lock:
-                self._handover.wait_for(lambda: self._unfinished or self._over)
+                self._handover.wait_for(lambda: self._unfinished or not self._executors)
                 if not self._unfinished:
                     return
                 part = self._unfinished[0]
@@ -297,6 +353,6 @@ class Batcher(Generic[T, R]):
                 self._interrupted(part.jobs, error)
             del part
             with self._lock:
-                self._unfinished.clear()
+                self._unfinished.popleft()
                 self._handover.notify_all()
                 self._notify_if_idle()

@@ -120,15 +120,23 @@ def build_pipeline(settings: ServerSettings, specs: Sequence[ModelSpec]) -> Pipe
         on_gpu=on_gpu,
         decode_workers=settings.decode_workers,
         runtime_threads=settings.runtime_threads,
+        forward_passes=settings.forward_passes,
     )
     budget.apply()
     return Pipeline(
         Catalog(
             settings.default_models,
-            Execution(budget.runtime_threads, settings.compile_cache_dir),
-            ForwardGate(budget.passes),
+            Execution(
+                budget.runtime_threads,
+                settings.compile_cache_dir,
+                budget.forward_passes,
+                budget.threads_beside,
+                settings.compute_nice,
+            ),
+            ForwardGate(budget.cores),
         ),
         decode_workers=budget.decode_workers,
+        nice=settings.compute_nice,
         limits=DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
         max_decoding_jobs=settings.max_decoding_jobs,
     )

@@ -7,16 +7,16 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from vision_service.backends.base import Backend
 from vision_service.config import ModelSpec
-from vision_service.engine.batcher import Batcher
+from vision_service.engine.batcher import Batcher, Gate, OpenGate
 from vision_service.engine.loaded import Answer, LoadedModel, Outcome, Prepared, pick_device
 from vision_service.engine.queue import Ride
-from vision_service.engine.threads import ForwardGate
+from vision_service.engine.threads import ForwardGate, GateShare, in_a_nicer_thread
 from vision_service.engine.tuning import Tuner
 from vision_service.errors import ConfigError, DeviceOutOfMemory, ModelUnavailable, QueueFull, VisionError
 from vision_service.model_info import ModelInfo, ModelState
@@ -90,8 +90,10 @@ class ModelHost:
             VisionError: the model could not be loaded; the state is FAILED and keeps the reason.
         """
         started_s = time.monotonic()
+        nice = self._execution.nice if self._execution is not None else 0
         try:
-            self._load()
+            # The threads of the runtime and of the batcher are started by this one, and are as nice.
+            in_a_nicer_thread(self._load, nice, name=f"load {self.label}")
         except Exception as error:
             reason = str(error) if isinstance(error, VisionError) else f"{type(error).__name__}: {error}"
             self._free()
@@ -126,8 +128,8 @@ class ModelHost:
             why = f" ({self._state_reason})" if self._state_reason else ""
             raise ModelUnavailable(f"model {self.label} is {self._state}{why}; ListModels shows which are ready")
         self._batcher.check_room(self._coming)
-        batching = self.spec.batching
-        most = batching.max_queued_jobs + 4 * batching.max_batch_size
+        limits = self._batcher.limits
+        most = limits.max_queued_jobs + 4 * limits.max_batch_size
         if self._admitted >= most:  # decoding, running and being written included
             raise QueueFull(
                 f"{self._admitted} calls to model {self.label} are under way and the limit is {most}; "
@@ -225,23 +227,47 @@ class ModelHost:
             "runtime_reason": compiled.reason,
         }
         logger.info("model %s: %s", self.label, compiled)
-        gate = self._cpu_gate if device.type == "cpu" else None
-        with gate or nullcontext():  # other models go on answering, in turns with this one
+        gate = self._gate(alone=True)
+        gate.acquire()  # other models go on answering, in turns with this one
+        try:
             self._tuner = Tuner(self.spec.batching, model.warm_up())
+        finally:
+            gate.release(wide=False)
         self._warn_if_not_kept(self._tuner)
+        # What an objective promises is computed from passes that run alone.
+        passes = len(model.forwards_beside) if self.spec.batching.target_p99_ms is None else 0
         self._batcher = Batcher(
             self._forward,
             self._tuner.choice.limits,
             name=f"model {self.label}",
             expected=(DeviceOutOfMemory,),
             finish=self._answers,
-            gate=gate,
+            gate=self._gate(alone=passes == 0),
+            beside=[partial(self._forward_beside, number) for number in range(passes)],
+            coming=lambda: self._coming,
         )
 
+    def _gate(self, *, alone: bool) -> Gate:
+        """The way to the cores.
+
+        Args:
+            alone: for passes that always run alone.
+        """
+        if self._cpu_gate is None or torch.device(self._device).type != "cpu":
+            return OpenGate()
+        execution = self._execution or Execution()
+        all_threads = execution.threads or self._cpu_gate.cores
+        return GateShare(self._cpu_gate, beside=all_threads if alone else execution.threads_beside, alone=all_threads)
+
     def _forward(self, batch: Sequence[Prepared]) -> Outcome:
-        """The first stage of a batch."""
+        """The first stage of a batch, alone."""
         assert self._model is not None, "set by load()"
         return self._model.forward(batch)
+
+    def _forward_beside(self, number: int, batch: Sequence[Prepared]) -> Outcome:
+        """The first stage of a batch, beside others."""
+        assert self._model is not None, "set by load()"
+        return self._model.forwards_beside[number](batch)
 
     def _answers(self, batch: Sequence[Prepared], outcome: Outcome, start: int) -> list[Answer]:
         """The second stage of a batch, and what is learnt of it."""

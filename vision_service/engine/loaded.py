@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from vision_service.engine.staging import Staging
 from vision_service.engine.tuning import LatencyCurve
 from vision_service.errors import ConfigError, InferenceFailed
 from vision_service.imaging.preprocess import content_hw, preprocess
-from vision_service.runtimes import Calibration, Execution, Workload, choose_precision, compile_network
+from vision_service.runtimes import Calibration, Execution, Forward, Workload, choose_precision, compile_network
 from vision_service.types import PREDICTION_OF_TASK, ImageMeta, InputArray, Params, Prediction
 
 logger = logging.getLogger(__name__)
@@ -122,19 +122,27 @@ class LoadedModel:
             execution=execution,
             own_runtime=self.backend.own_runtime,
         )
-        self._staging = Staging(pinned=device.type == "cuda")
+        self.forward = self._pass(self.compiled.forward)
+        """One forward pass, alone."""
+        self.forwards_beside = tuple(self._pass(forward) for forward in self.compiled.beside)
+        """Forward passes that may run at the same time."""
         # Postprocessing of one batch shall not queue behind the forward pass of the next.
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def forward(self, batch: Sequence[Prepared]) -> Outcome:
-        """One forward pass. One call at a time."""
-        started_s = time.perf_counter()
-        sizes_hw = torch.tensor([content_hw(item.meta) for item in batch])
-        outputs = self.compiled.forward(self._staging.stack([item.pixels for item in batch]), sizes_hw)
-        for output in outputs:
-            if len(output) != len(batch):
-                raise InferenceFailed(f"the network made {len(output)} rows of {len(batch)} images")
-        return Outcome(outputs, 1000 * (time.perf_counter() - started_s))
+    def _pass(self, forward: Forward) -> Callable[[Sequence[Prepared]], Outcome]:
+        """A function of the network, with memory of its own for its batches. One call at a time."""
+        staging = Staging(pinned=self.device.type == "cuda")
+
+        def run(batch: Sequence[Prepared]) -> Outcome:
+            started_s = time.perf_counter()
+            sizes_hw = torch.tensor([content_hw(item.meta) for item in batch])
+            outputs = forward(staging.stack([item.pixels for item in batch]), sizes_hw)
+            for output in outputs:
+                if len(output) != len(batch):
+                    raise InferenceFailed(f"the network made {len(output)} rows of {len(batch)} images")
+            return Outcome(outputs, 1000 * (time.perf_counter() - started_s))
+
+        return run
 
     def answers(self, batch: Sequence[Prepared], outcome: Outcome, start: int) -> list[Answer]:
         """Answers of some images of a forward pass. One call at a time, beside `forward`.
@@ -157,7 +165,7 @@ class LoadedModel:
         return [Answer(prediction, outcome.forward_ms, postprocess_ms) for prediction in predictions]
 
     def warm_up(self) -> LatencyCurve:
-        """Run each batch size that will be run, and measure it."""
+        """Run each batch size that will be run, and measure it; once, the largest, beside others."""
         points: list[tuple[int, float]] = []
         size, largest = 1, self.spec.batching.max_batch_size
         while not points or points[-1][0] < largest:
@@ -166,6 +174,8 @@ class LoadedModel:
             seconds = first_s if first_s > _LONG_S else min(self._time(batch) for _ in range(_TIMED_RUNS))
             points.append((len(batch), 1000 * seconds))
             size *= 2
+        for forward in self.forwards_beside:
+            forward([self._example] * largest)
         return LatencyCurve(tuple(points))
 
     def _time(self, batch: Sequence[Prepared]) -> float:

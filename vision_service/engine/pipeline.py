@@ -19,6 +19,7 @@ from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import ModelHost
 from vision_service.engine.loaded import Answer, Prepared
 from vision_service.engine.queue import Ride
+from vision_service.engine.threads import be_nicer
 from vision_service.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -41,6 +42,7 @@ class Pipeline:
     Args:
         catalog: the models. Closed with the pipeline.
         decode_workers: threads that decode and preprocess.
+        nice: by how much they are nicer than the thread that submits, see `be_nicer`.
         limits: largest image, in bytes and pixels.
         max_decoding_jobs: most images decoding or waiting to be; one more raises `QueueFull`.
         max_decoding_bytes: most bytes of images decoding or waiting to be.
@@ -51,13 +53,16 @@ class Pipeline:
         catalog: Catalog,
         *,
         decode_workers: int,
+        nice: int = 0,
         limits: DecodeLimits | None = None,
         max_decoding_jobs: int = 256,
         max_decoding_bytes: int = 512 * 1024 * 1024,
     ) -> None:
         self.catalog = catalog
         self._limits = limits or DecodeLimits()
-        self._pool = ThreadPoolExecutor(decode_workers, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(
+            decode_workers, thread_name_prefix="decode", initializer=be_nicer, initargs=(nice,)
+        )
         # Not the decoders' pool: what is nearly done would wait there behind everything that has just come in.
         self._finishers = ThreadPoolExecutor(decode_workers, thread_name_prefix="finish")
         self._admission = Admission(max_decoding_jobs, max_decoding_bytes)

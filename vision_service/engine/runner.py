@@ -49,21 +49,18 @@ class BatchRunner(Generic[T, R]):
     """Runs batches for a `Batcher`, in whatever thread calls it.
 
     Args:
-        execute: the stage that needs the device.
-        finish: makes answers of its outcome; ``None``: the outcome is the answers.
+        finish: makes answers of an execution's outcome; ``None``: the outcome is the answers.
         name: for messages and the log.
         expected: errors that are no one's fault and so are not logged as one (out of memory).
     """
 
     def __init__(
         self,
-        execute: Execute[T],
         finish: Finish[T, R] | None,
         *,
         name: str,
         expected: tuple[type[VisionError], ...] = (),
     ) -> None:
-        self._execute = execute
         self._finish = finish
         self._name = name
         self._expected = expected
@@ -80,10 +77,11 @@ class BatchRunner(Generic[T, R]):
         """Answer jobs whose deadline has passed."""
         self.fail(jobs, DeadlineExceeded(f"the deadline passed while waiting for {self._name}"))
 
-    def start(self, jobs: list[Job[T, R]], started_s: float) -> list[Executed[T, R]]:
+    def start(self, execute: Execute[T], jobs: list[Job[T, R]], started_s: float) -> list[Executed[T, R]]:
         """Execute a batch.
 
         Args:
+            execute: the stage that needs the device.
             jobs: the batch; expired and cancelled ones do not run.
             started_s: on `time.monotonic`'s clock.
 
@@ -100,7 +98,7 @@ class BatchRunner(Generic[T, R]):
         if not live:
             return []
         try:
-            outcome = self._execute([job.payload for job in live])
+            outcome = execute([job.payload for job in live])
             if self._finish is None:
                 self._check_count(outcome, len(live))
         except BaseException as error:  # whatever it is: if this thread died, callers would wait for ever
@@ -114,9 +112,9 @@ class BatchRunner(Generic[T, R]):
             return []
         first, second = self._halves(live, failure)
         # One after the other: what the first half leaves is finished before the second takes memory.
-        for part in self.start(first, started_s):
+        for part in self.start(execute, first, started_s):
             self.finish(part)
-        return self.start(second, started_s)
+        return self.start(execute, second, started_s)
 
     def finish(self, executed: Executed[T, R]) -> None:
         """Make the answers of executed jobs and hand them over. One at a time, whoever calls."""

@@ -19,6 +19,9 @@ from vision_service.engine.queue import BatchLimits
 _WORTH_A_DELAY = 0.9
 """An image in a full batch must cost less than this share of one alone, or waiting for a fuller batch gains nothing."""
 
+_ABOUT_AS_LITTLE = 1.05
+"""Costs of an image in batches of two sizes differ by no more than this factor: then the smaller batch is taken."""
+
 _SMOOTHING = 0.05
 """Weight of the newest batch in the moving average of the slowdown: that of about 20 batches."""
 
@@ -46,6 +49,12 @@ class LatencyCurve:
             low_size, low_ms = high_size, high_ms
         return low_ms * size / low_size
 
+    def economical(self, most: int) -> int:
+        """The smallest measured size of at most ``most`` in which an image costs about as little as in any of them."""
+        costs = {size: ms / size for size, ms in self.points if size <= most}
+        least = min(costs.values(), default=0.0)
+        return min((size for size, cost in costs.items() if cost <= _ABOUT_AS_LITTLE * least), default=most)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -65,7 +74,9 @@ class Choice:
 def choose(batching: BatchingSpec, curve: LatencyCurve, slowdown: float = 1.0) -> Choice:
     """Limits for a model.
 
-    Without an objective they are what the spec says. With one, the largest measured batch is taken of which two in a
+    Without an objective the batch is the smallest that costs an image about as little as any: a larger one only makes
+    callers wait, and where its activations outgrow the caches, costs more. The others are what the spec says. With an
+    objective, the largest measured batch is taken of which two in a
     row fit into it (a call may come just after one has started), and as many queued batches as fit. What the spec fixes
     wins: neither the batch nor the queue gets larger than it says, and a delay that is given is kept.
 
@@ -76,7 +87,8 @@ def choose(batching: BatchingSpec, curve: LatencyCurve, slowdown: float = 1.0) -
     """
     fixed_delay_ms = batching.max_delay_ms
     if batching.target_p99_ms is None:
-        size, delay_ms, queued = batching.max_batch_size, fixed_delay_ms or 0.0, batching.max_queued_jobs
+        size = curve.economical(batching.max_batch_size)
+        delay_ms, queued = fixed_delay_ms or 0.0, batching.max_queued_jobs
     else:
         target_ms = batching.target_p99_ms
         delay_ms = fixed_delay_ms or 0.0

@@ -77,7 +77,11 @@ class Predictor:
         self.workers = workers or (1 if on_gpu else cores)
         if not on_gpu:
             # The number of threads decides how sums are split, and so their last digits: it must not be the machine's.
-            threads = {"runtime_threads": settings.runtime_threads or 1, "decode_workers": settings.decode_workers or 1}
+            threads = {
+                "runtime_threads": settings.runtime_threads or 1,
+                "decode_workers": settings.decode_workers or 1,
+                "forward_passes": 1,  # a worker has one batch at a time
+            }
             settings = settings.model_copy(update=threads)
         self._threads = settings.runtime_threads
         self._decoding = threading.Semaphore(cores)

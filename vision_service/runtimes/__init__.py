@@ -1,6 +1,6 @@
 """Ways to execute a network."""
 
-from vision_service.runtimes.base import CannotCompile, Execution, Forward, Precision, Runtime, Workload
+from vision_service.runtimes.base import CannotCompile, Execution, Forward, Forwards, Precision, Runtime, Workload
 from vision_service.runtimes.calibration import Calibration
 from vision_service.runtimes.choose import Compiled, choose_precision, compile_network
 from vision_service.runtimes.table import RUNTIMES, create_runtime
@@ -12,6 +12,7 @@ __all__ = [
     "Compiled",
     "Execution",
     "Forward",
+    "Forwards",
     "Precision",
     "Runtime",
     "Workload",

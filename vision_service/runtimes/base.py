@@ -25,6 +25,24 @@ nothing is pending on the device. Outputs are the caller's: a later call does no
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Forwards:
+    """A network as several functions; called itself, it is the first.
+
+    Attributes:
+        alone: has the threads of a pass that runs alone.
+        beside: have each the threads of a pass beside which others run, and may be called at the same time: one call
+            of each, and none of ``alone``.
+    """
+
+    alone: Forward
+    beside: tuple[Forward, ...]
+
+    def __call__(self, images: Tensor, sizes_hw: Tensor) -> tuple[Tensor, ...]:
+        """See `Forward`."""
+        return self.alone(images, sizes_hw)
+
+
 class CannotCompile(ConfigError):
     """This network, in this precision, is not for this runtime; another one may do. The message is the reason."""
 
@@ -36,10 +54,16 @@ class Execution:
     Attributes:
         threads: inside one forward pass on the CPU; 0: as many as torch uses in this process.
         cache_dir: where compiled networks are kept for the next start; ``None``: nowhere.
+        passes: how many forward passes of a network shall be possible at one time, on the CPU.
+        threads_beside: inside each of those.
+        nice: by how much the threads that compute are nicer than the one that loads the model, see `nice(2)`.
     """
 
     threads: int = 0
     cache_dir: Path | None = None
+    passes: int = 1
+    threads_beside: int = 1
+    nice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +150,7 @@ class Runtime(ABC):
             precision: of the arithmetic; one of `precisions`.
 
         Returns:
-            The network as a function.
+            The network as a function; `Forwards` where several passes are wanted and this runtime has them.
 
         Raises:
             CannotCompile: the network is not for this runtime.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vision_service.errors import ConfigError
-from vision_service.runtimes.base import CannotCompile, Execution, Forward, Precision, Workload
+from vision_service.runtimes.base import CannotCompile, Execution, Forward, Forwards, Precision, Workload
 from vision_service.runtimes.table import AUTO, create_runtime
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ class Compiled:
     runtime: str
     precision: Precision
     reason: str
+
+    @property
+    def beside(self) -> tuple[Forward, ...]:
+        """Functions for passes at one time, see `Forwards`; none where the network runs alone only."""
+        return self.forward.beside if isinstance(self.forward, Forwards) else ()
 
     def __str__(self) -> str:
         return f"runtime {self.runtime}, {self.precision} ({self.reason})"

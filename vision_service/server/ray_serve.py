@@ -90,7 +90,7 @@ class VisionReplica:
     """
 
     def __init__(self, settings: dict[str, Any], cores: int) -> None:
-        threads = {"decode_workers": cores, "runtime_threads": cores}
+        threads = {"decode_workers": cores, "runtime_threads": cores, "forward_passes": 1}
         self._settings = ServerSettings.read(**threads | settings)
         set_up_logs(self._settings.log_level, self._settings.log_format)
         specs = resolve_specs(self._settings)
