@@ -290,16 +290,15 @@ def test_a_detector_that_sees_unrounded_pixels(name, samples):
 
 @needs_openvino
 def test_passes_at_one_time_do_not_touch_each_other():
-    forwards = create_runtime("openvino", CPU, Execution(2, None, 2, 1)).compile(
-        sized(), Workload(noise(1)[0], LARGEST), "fp32"
-    )
+    network, work = sized(), Workload(noise(1)[0], LARGEST)
+    forwards = create_runtime("openvino", CPU, Execution(2, None, 2, 1)).compile(network, work, "fp32")
     assert len(forwards.beside) == 2
     wrong = []
 
     def run(forward, count):
         images, sizes_hw = noise(count)
         with torch.inference_mode():
-            expected = sized()(images, sizes_hw)
+            expected = network(images, sizes_hw)
         outputs = [forward(images, sizes_hw) for _ in range(40)]  # kept: a later call must not change them
         for output in outputs:
             for ours, theirs in zip(output, expected, strict=True):
