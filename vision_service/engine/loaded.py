@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from vision_service.types import PREDICTION_OF_TASK, ImageMeta, InputArray, Para
 
 logger = logging.getLogger(__name__)
 
-_TIMED_RUNS = 3
+_TIMED_RUNS = 5
 """Runs of a batch size that are timed at warm-up, the first one, which is slower, left out."""
 
 _LONG_S = 0.5
@@ -166,19 +167,21 @@ class LoadedModel:
 
     def warm_up(self) -> LatencyCurve:
         """Run each batch size that will be run, and measure it; once, the largest, beside others."""
-        points: list[tuple[int, float]] = []
-        size, largest = 1, self.spec.batching.max_batch_size
-        while not points or points[-1][0] < largest:
-            batch = [self._example] * min(size, largest)
-            first_s = self._time(batch)
-            seconds = first_s if first_s > _LONG_S else min(self._time(batch) for _ in range(_TIMED_RUNS))
-            points.append((len(batch), 1000 * seconds))
-            size *= 2
+        sizes, largest = [1], self.spec.batching.max_batch_size
+        while sizes[-1] < largest:
+            sizes.append(min(2 * sizes[-1], largest))
+        first_s = {size: self._time(size) for size in sizes}
+        short = [size for size in sizes if first_s[size] <= _LONG_S]
+        least_s = {size: first_s[size] for size in sizes if size not in short}
+        for _ in range(_TIMED_RUNS):  # sizes in turn: what slows the machine down for a while slows them all down
+            for size in short:
+                least_s[size] = min(least_s.get(size, inf), self._time(size))
         for forward in self.forwards_beside:
             forward([self._example] * largest)
-        return LatencyCurve(tuple(points))
+        return LatencyCurve(tuple((size, 1000 * least_s[size]) for size in sizes))
 
-    def _time(self, batch: Sequence[Prepared]) -> float:
+    def _time(self, size: int) -> float:
+        batch = [self._example] * size
         started_s = time.perf_counter()
         self.answers(batch, self.forward(batch), 0)
         return time.perf_counter() - started_s
