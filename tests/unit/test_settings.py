@@ -1,3 +1,6 @@
+import os
+import threading
+
 import pytest
 
 from tests.helpers import tiny_spec
@@ -131,11 +134,24 @@ def test_thread_budget_and_its_effect():
         assert ThreadBudget.plan(cores, on_gpu=False, forward_passes=wanted).threads_beside == threads
     before = torch.get_num_threads()
     try:
-        settings = ServerSettings.read(decode_workers=3, runtime_threads=1)
+        settings = ServerSettings.read(decode_workers=3, runtime_threads=1, compute_nice=2)
         pipeline = build_pipeline(settings, [tiny_spec()])
+        mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        nice = pipeline.pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(5)
+        assert nice - mine == 2
         assert pipeline.pool._max_workers == 3
         assert torch.get_num_threads() == 1
         assert cv2.getNumThreads() == 1
         pipeline.close()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("forward_passes", "beside"), [(1, 0), (3, 3)])
+def test_forward_passes_reach_the_model(forward_passes, beside):
+    pytest.importorskip("openvino")
+    settings = ServerSettings.read(models=("mobilenet_v2",), forward_passes=forward_passes, runtime="openvino")
+    specs = resolve_specs(settings)
+    with build_pipeline(settings, specs) as pipeline:
+        model = pipeline.catalog.load(specs[0])._model
+        assert len(model.forwards_beside) == beside
