@@ -83,10 +83,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, cores, 4 * cores])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, cores, 4 * cores])
-    parser.add_argument("--runtime-threads", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, cores, 4 * cores], help="0: as planned")
+    parser.add_argument("--runtime-threads", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.runtime_threads:
+    if args.runtime_threads is not None:
         print(json.dumps(measure_workers(args)))
         return
     print(f"{' + '.join(args.model)}, {args.runtime} {args.precision}, {args.in_flight} in flight, {cores} cores\n")
@@ -97,7 +97,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         for workers, rounds in json.loads(done.stdout.splitlines()[-1]).items():
             rate, core_ms, busy = (statistics.median(column) for column in zip(*rounds, strict=True))
-            print(f"| {threads} | {workers} | {rate:.1f} | {core_ms:.2f} | {busy:.2f} |", flush=True)
+            print(f"| {threads or 'as planned'} | {workers} | {rate:.1f} | {core_ms:.2f} | {busy:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -108,16 +108,19 @@ def be_nicer(nice: int) -> None:
 def in_a_nicer_thread(run: Callable[[], T], nice: int, *, name: str) -> T:
     """Run something in a thread of its own, see `be_nicer`; returns and raises what it does."""
     done: Future[T] = Future()
+    threading.Thread(target=_run_nicer, args=(run, nice, done), name=name, daemon=True).start()
+    try:
+        return done.result()
+    finally:
+        del done  # an error holds this frame, which would hold the error, and with it what it was about
 
-    def target() -> None:
+
+def _run_nicer(run: Callable[[], T], nice: int, done: Future[T]) -> None:
+    try:
         be_nicer(nice)
-        try:
-            done.set_result(run())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=target, name=name, daemon=True).start()
-    return done.result()
+        done.set_result(run())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 class ForwardGate:

