@@ -57,7 +57,7 @@ def test_outcomes_outlive_the_buffer_they_came_from(model):
 
 def test_a_network_that_loses_a_row_is_caught(model):
     forward = model.compiled.forward
-    object.__setattr__(model.compiled, "forward", lambda *args: tuple(out[1:] for out in forward(*args)))
+    model.forward = model._pass(lambda *args: tuple(out[1:] for out in forward(*args)))
     with pytest.raises(InferenceFailed, match="made 1 rows of 2 images"):
         model.forward([prepared(red, model.spec) for red in (1, 2)])
 

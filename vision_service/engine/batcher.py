@@ -104,7 +104,8 @@ class Batcher(Generic[T, R]):
         self._handover = threading.Condition(self._lock)  # something to finish, or room for it, or over
         self._queue: JobQueue[T, R] = JobQueue(limits)
         self._next_expiry_s = FOREVER_S
-        self._running: dict[int, int] = {}  # jobs in the batch that runs, by executor
+        self._running: dict[int, int] = {}  # jobs in the batch that runs, by executor, until they are handed over
+        self._executing = 0  # batches in executors
         self._unfinished: deque[Executed[T, R]] = deque()  # the first one is what the finisher has in hand
         self._executors = max(1, len(beside))  # threads that have not ended
         self._has_finisher = finish is not None
@@ -260,6 +261,9 @@ class Batcher(Generic[T, R]):
                 try:
                     executed = self._runner.start(execute, batch, started_s)
                 finally:
+                    with self._lock:
+                        self._executing -= 1
+                        self._work.notify()  # another executor may go on while this one hands its batch over
                     self._gate.release(wide=execute is self._execute)
                 self._hand_over(executed)
                 del executed
@@ -295,6 +299,7 @@ class Batcher(Generic[T, R]):
                 if due_s <= now_s:
                     batch = self._queue.take(key)
                     self._running[number] = len(batch)
+                    self._executing += 1
                     if self._queue:
                         self._work.notify()  # another executor may be free for the rest
                     return batch, self._executor(number)
@@ -305,7 +310,7 @@ class Batcher(Generic[T, R]):
         if not self._beside:
             return self._execute
         enough = len(self._queue) + self._coming() >= _WORTH_SHARING * self.limits.max_batch_size
-        if len(self._running) > 1 or enough or not self._gate.widen():
+        if self._executing > 1 or enough or not self._gate.widen():
             return self._beside[number]
         return self._execute
 
@@ -315,7 +320,7 @@ class Batcher(Generic[T, R]):
         A second batch at one time shall be a full one: small ones cost more an image than they gain. It does not wait
         for jobs that are not coming, and no longer than for the first one's end.
         """
-        if self._running and len(self._queue) < self.limits.max_batch_size and self._coming() and not self._closing:
+        if self._executing and len(self._queue) < self.limits.max_batch_size and self._coming() and not self._closing:
             return FOREVER_S
         now_s = time.monotonic()
         return self._queue.due(now_s, hurry=self._closing)[1] - now_s
