@@ -606,6 +606,26 @@ def test_a_nicer_thread_returns_and_raises_what_it_runs():
         in_a_nicer_thread(lambda: 1 // 0, 1, name="mine")
 
 
+def test_what_an_error_in_a_nicer_thread_was_about_is_freed_with_the_error():
+    class Large:
+        pass
+
+    def fail():
+        large = Large()
+        alive.append(weakref.ref(large))
+        raise ValueError(large)
+
+    alive = []
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="Large"):
+            in_a_nicer_thread(fail, 0, name="mine")
+        time.sleep(0.05)  # the thread's own end
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_an_objective_chooses_batch_delay_and_queue_and_says_so(pipeline):
     slow = {"options": {"sleep_s": 0.02}}
     made = pipeline(tiny_spec(batching={"max_batch_size": 8, "target_p99_ms": 1000}, **slow))

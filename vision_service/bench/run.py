@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,14 +25,15 @@ from vision_service.errors import InvalidInput
 PACKAGES = ("vision-service", "torch", "openvino", "onnxruntime", "grpcio", "numpy", "opencv-python")
 
 _TURNS = 4
-"""Into so many turns the measurements of a round are cut that are compared by milliseconds."""
+"""Into so many turns a round is cut, but for the open loops, whose queue has to fill first. What is compared is
+measured within seconds: a shared machine's speed changes by a quarter within a minute."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
 class Rounds:
-    """What the rounds of one variant gave, in order.
+    """What the rounds of one variant gave, in order; all but the open loops turn by turn.
 
     Attributes:
         network: by batch size.
@@ -96,18 +97,20 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
         rounds = Rounds()
         for number in range(plan.rounds):
             say(f"{variant}: round {number + 1} of {plan.rounds}")
-            if worker is not None:
-                _in_process_round(plan, worker, rounds)
+            turn = replace(plan, seconds=plan.seconds / _TURNS)
+            for _ in range(_TURNS):
+                if worker is not None:
+                    _in_process_turn(turn, worker, rounds)
+                if target is not None:
+                    _served_turn(turn, target, rounds)
             if target is not None:
-                _served_round(plan, target, rounds)
-            if "single" in plan.measures:
-                _single_round(plan, worker, target, rounds)
+                _open_round(plan, target, rounds)
         if target is not None and target.pid:
             rounds.served_peak_mb = memory_mb(target.pid, "VmHWM")
         return _summary(plan, rounds, _identity(variant, worker, target), target)
 
 
-def _in_process_round(plan: Plan, worker: Worker, rounds: Rounds) -> None:
+def _in_process_turn(plan: Plan, worker: Worker, rounds: Rounds) -> None:
     if "network" in plan.measures:
         sizes = plan.batch_sizes or _batch_sizes(worker.about["max_batch_size"])
         share = plan.seconds / len(sizes)
@@ -115,27 +118,31 @@ def _in_process_round(plan: Plan, worker: Worker, rounds: Rounds) -> None:
     if "pipeline" in plan.measures:
         rounds.stages.append(worker("stages", plan.seconds))
         rounds.pipeline.append(worker("pipeline", plan.in_flight, plan.warmup_s, plan.seconds))
+    if "single" in plan.measures:
+        rounds.single_pipeline.append(worker("pipeline", 1, plan.warmup_s / 2, plan.seconds / 2))
 
 
-def _served_round(plan: Plan, target: Target, rounds: Rounds) -> None:
+def _served_turn(plan: Plan, target: Target, rounds: Rounds) -> None:
     if target.pid and not rounds.served:
         reset_peak(target.pid)
     if "served" in plan.measures:
         rounds.served.append(target.load(plan, in_flight=plan.in_flight))
+    if "single" in plan.measures:
+        warmup_s, seconds = plan.warmup_s / 2, plan.seconds / 2
+        rounds.single_served.append(target.load(plan, in_flight=1, warmup_s=warmup_s, seconds=seconds))
+
+
+def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
     if "overload" in plan.measures:
-        rounds.overload.append(target.load(plan, rate=plan.overload * _speed(rounds.served[-1])))
+        capacity = _by_round([_speed(one) for one in rounds.served])[-1]
+        rounds.overload.append(target.load(plan, rate=plan.overload * capacity))
 
 
-def _single_round(plan: Plan, worker: Worker | None, target: Target | None, rounds: Rounds) -> None:
-    """In short turns: they differ by less than the machine's speed does within a minute."""
-    seconds, warmup_s = plan.seconds / 2 / _TURNS, plan.warmup_s / _TURNS
-    for _ in range(_TURNS):
-        if worker is not None:
-            rounds.single_pipeline.append(worker("pipeline", 1, warmup_s, seconds))
-        if target is not None:
-            rounds.single_served.append(target.load(plan, in_flight=1, warmup_s=warmup_s, seconds=seconds))
+def _by_round(turns: Sequence[float]) -> list[float]:
+    """The mean of each round's turns."""
+    return [sum(turns[at : at + _TURNS]) / _TURNS for at in range(0, len(turns), _TURNS)]
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:
@@ -188,9 +195,9 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         pipeline_over_allowed=_ratio(pipeline, allowed),
         served_over_pipeline=_ratio(through, pipeline),
         served_over_pipeline_without_generator=_ratio(returned, pipeline),
-        goodput_over_capacity=_ratio([_speed(one) for one in rounds.overload], through),
+        goodput_over_capacity=_ratio([_speed(one) for one in rounds.overload], _by_round(through)),
         goodput_over_capacity_without_generator=_ratio(
-            [_speed(one) * _without(one, cores) for one in rounds.overload], returned
+            [_speed(one) * _without(one, cores) for one in rounds.overload], _by_round(returned)
         ),
     )
 

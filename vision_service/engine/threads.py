@@ -121,6 +121,8 @@ def _run_nicer(run: Callable[[], T], nice: int, done: Future[T]) -> None:
         done.set_result(run())
     except BaseException as error:
         done.set_exception(error)
+    finally:
+        del done, run  # as above
 
 
 class ForwardGate:
