@@ -73,8 +73,8 @@ class Plan:
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
         overload: of another open loop, as a multiple of what the closed loop of the same round reached.
-        seconds: of each measurement.
-        warmup_s: before each measurement, seconds.
+        seconds: of each measurement in a round; but for the open loops, in four parts that take turns.
+        warmup_s: before each measurement and each of its parts, seconds; half of it before single calls.
         rounds: how often everything is measured; figures are medians.
         generators: processes that generate load.
         address: a running server to measure instead of one that is started for it; empty: start one.

@@ -40,7 +40,7 @@ def bench(
     overload: Annotated[
         float, typer.Option(help="Another open loop, at so many times the speed of the closed one; 0: none.", min=0)
     ] = 0.0,
-    seconds: Annotated[float, typer.Option(help="Length of each measurement.", min=0.1)] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Length of each measurement in a round.", min=0.1)] = 5.0,
     warmup: Annotated[float, typer.Option(help="Seconds before each measurement.", min=0)] = 1.0,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are shown.", min=1)] = 3,
     generators: Annotated[int, typer.Option(help="Processes that generate load.", min=1)] = 1,
