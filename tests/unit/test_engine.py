@@ -526,7 +526,7 @@ def test_a_gate_is_fair_and_gives_out_no_more_cores_than_there_are():
 
 @contextmanager
 def several_passes(**batching):
-    """A pipeline whose model may make two passes at one time, and how many batches ran so, noted as they run."""
+    """A pipeline that has two passes at one time, and the sizes of the batches that ran so, noted as they run."""
     pytest.importorskip("openvino")
     spec = replace_fields(find_model("mobilenet_v2"), {"batching": {"max_batch_size": 2} | batching})
     with Pipeline(Catalog(None, Execution(2, None, 2, 1), ForwardGate(2)), decode_workers=2) as made:
@@ -540,7 +540,7 @@ def several_passes(**batching):
 
             return forward
 
-        assert len(model.forwards_beside) == 2
+        assert len(model.forwards_beside) == (0 if "target_p99_ms" in batching else 2)
         model.forwards_beside = tuple(map(noted, model.forwards_beside))
         del model
         yield made, sizes

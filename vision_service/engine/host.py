@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -218,7 +219,11 @@ class ModelHost:
 
     def _load(self) -> None:
         device = pick_device(self.spec.device)
-        self._model = model = LoadedModel(self.spec, device, self._execution)
+        execution = self._execution
+        if execution is not None and self.spec.batching.target_p99_ms is not None:
+            # What an objective promises is computed from passes that run alone.
+            execution = replace(execution, passes=1)
+        self._model = model = LoadedModel(self.spec, device, execution)
         compiled = model.compiled
         self._device = str(device)
         self._execution_names = {
@@ -234,8 +239,7 @@ class ModelHost:
         finally:
             gate.release(wide=False)
         self._warn_if_not_kept(self._tuner)
-        # What an objective promises is computed from passes that run alone.
-        passes = len(model.forwards_beside) if self.spec.batching.target_p99_ms is None else 0
+        passes = len(model.forwards_beside)
         self._batcher = Batcher(
             self._forward,
             self._tuner.choice.limits,

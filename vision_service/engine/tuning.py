@@ -52,8 +52,8 @@ class LatencyCurve:
     def economical(self, most: int) -> int:
         """The smallest measured size of at most ``most`` in which an image costs about as little as in any of them."""
         costs = {size: ms / size for size, ms in self.points if size <= most}
-        least = min(costs.values(), default=0.0)
-        return min((size for size, cost in costs.items() if cost <= _ABOUT_AS_LITTLE * least), default=most)
+        bound = _ABOUT_AS_LITTLE * min(costs.values())
+        return min(size for size, cost in costs.items() if cost <= bound)
 
 
 @dataclass(frozen=True, slots=True)
