@@ -1,4 +1,4 @@
-"""One loaded model: its network, its queue, its thread and its state."""
+"""One loaded model: its network, its queue, its threads and its state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelHost:
-    """Loads a model, runs it in batches on a thread of its own, and drains it.
+    """Loads a model, runs it in batches on threads of its own, and drains it.
 
     LOADING -> READY -> DRAINING, or FAILED with its reason. READY only after the batch sizes it will run were run.
 

@@ -37,7 +37,7 @@ from vision_service.types import ParamOverrides, Result, Task, UInt8Array
 class Pipeline:
     """Runs images through the models of a catalog.
 
-    Thread-safe. Decoding and preprocessing run on a pool of its own; a model's network runs on the model's thread.
+    Thread-safe. Decoding and preprocessing run on a pool of its own; a model's network runs on the model's threads.
 
     Args:
         catalog: the models. Closed with the pipeline.
@@ -261,7 +261,7 @@ class Pipeline:
         return Prepared(pixels, meta, call.params)
 
     def _arrive(self, call: Call, ride: Future[Ride[Answer]]) -> None:
-        """Answer a call with what the batcher made of it. Runs on the model's thread, so it only passes work on."""
+        """Answer a call with what the batcher made of it. Runs on a model's thread, so it only passes work on."""
         if ride.cancelled():
             return
         error = ride.exception()
