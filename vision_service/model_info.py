@@ -61,6 +61,7 @@ class ModelInfo:
         max_delay_ms: how long the oldest waiting call may be held back for a fuller batch.
         target_p99_ms: objective for the time from a call's decoded image to its answer; ``None``: there is none.
         answer_within_ms: how long the last call that is let in waits for its answer, by the curve and the limits.
+        max_wait_ms: how long a call that is let in may take, going by those before it; 0: not bounded.
     """
 
     name: str
@@ -85,3 +86,4 @@ class ModelInfo:
     max_delay_ms: float = 0.0
     target_p99_ms: float | None = None
     answer_within_ms: float = 0.0
+    max_wait_ms: float = 0.0

@@ -61,6 +61,7 @@ _SAME_FIELDS = (
     "queued_jobs",
     "max_delay_ms",
     "answer_within_ms",
+    "max_wait_ms",
 )
 
 

@@ -266,6 +266,7 @@ class TestModels:
         max_delay_ms=1.5,
         target_p99_ms=50.0,
         answer_within_ms=40.5,
+        max_wait_ms=2000.0,
     )
 
     def test_there_and_back(self):

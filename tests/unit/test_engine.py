@@ -668,3 +668,61 @@ def test_images_that_are_being_decoded_have_a_place_in_the_queue(pipeline, gate)
             time.sleep(0.001)
     futures = [made.submit(red_image(i), **CLASSIFY) for i in (2, 3, 4)]
     assert [f.result(5).prediction.class_names for f in futures] == [(f"red {i}",) for i in (2, 3, 4)]
+
+
+def test_places_of_calls_that_were_refused_come_back(pipeline):
+    made = pipeline(tiny_spec(batching={"max_queued_jobs": 2}))
+    for _ in range(5):
+        with pytest.raises(InvalidInput):
+            made.submit(red_image(1), overrides=ParamOverrides(classes=("none",)), **CLASSIFY)
+    assert made.predict(red_image(2), **CLASSIFY).prediction.class_names == ("red 2",)
+
+
+def test_a_call_that_would_take_too_long_is_refused(pipeline, gate):
+    gate.touch()  # for the warm-up, where an image takes 20 ms
+    batching = {"max_batch_size": 1, "max_wait_ms": 400}
+    made = pipeline(tiny_spec(batching=batching, options={"sleep_s": 0.02, "gate": str(gate)}))
+    gate.unlink()
+    assert made.catalog.info(made.catalog.hosts()[0]).max_wait_ms == 400
+    futures, refusal = [], None
+    while refusal is None:
+        try:
+            futures.append(made.submit(red_image(1), **CLASSIFY))
+        except QueueFull as error:
+            refusal = error
+    assert 1 <= len(futures) <= 15  # 0.75 x 400 ms hold 15 calls of 20 ms, and fewer if the warm-up was slow
+    assert "too near to max_wait_ms, 400" in str(refusal)
+    assert 0 < refusal.retry_after_s < 0.4
+    gate.touch()
+    for future in futures:
+        assert future.result(5).prediction.class_names == ("red 1",)
+    made.predict(red_image(1), **CLASSIFY)  # there is room again
+
+
+def test_without_a_word_about_it_calls_may_take_two_seconds_but_a_slow_model_keeps_some(pipeline):
+    made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_queued_jobs": 100}, options={"sleep_s": 0.1}))
+    assert made.catalog.info(made.catalog.hosts()[0]).max_wait_ms == 2000
+    futures = [made.submit(red_image(1), **CLASSIFY) for _ in range(32)]  # would take 3.2 s
+    with pytest.raises(QueueFull, match="32 calls to model tiny:1 are under way"):
+        made.submit(red_image(1), **CLASSIFY)
+    for future in futures:
+        future.cancel()
+
+
+def test_an_objective_is_the_only_bound_in_time(pipeline):
+    made = pipeline(tiny_spec(batching={"target_p99_ms": 60_000}))
+    assert made.catalog.info(made.catalog.hosts()[0]).max_wait_ms == 0
+    both = pipeline(tiny_spec(batching={"target_p99_ms": 60_000, "max_wait_ms": 300}))
+    assert both.catalog.info(both.catalog.hosts()[0]).max_wait_ms == 300
+
+
+def test_nothing_is_learnt_from_calls_that_failed(pipeline):
+    made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_wait_ms": 100}))
+    pace = made.catalog.find("tiny")._pace
+    before = pace._call_s
+    for _ in range(5):
+        with pytest.raises(InvalidImage):
+            made.submit(b"no image", **CLASSIFY).result(5)
+    assert pace._call_s == before
+    made.predict(red_image(1), **CLASSIFY)
+    assert pace._call_s != before

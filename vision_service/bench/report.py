@@ -63,7 +63,8 @@ class ModelReport:
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
         overload_offered: that multiple.
-        queue_bound_ms: how long as many calls as may be under way take at the closed loop's speed.
+        queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
+            many calls as may be under way take at the closed loop's speed.
         network_best_per_s: the network alone at its best batch size.
         allowed_per_s: what the sum of the stages' CPU time allows on all cores.
         pipeline_over_network: ratio of the pipeline's speed to the network's, both as of the same round.

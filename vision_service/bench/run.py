@@ -208,9 +208,15 @@ def _speed(result: LoadResult) -> float:
 
 
 def _queue_bound_ms(target: Target | None, through: Sequence[float]) -> float | None:
-    """How long a call waits that was let in last: as many calls as may be under way, at the speed that was reached."""
+    """How long the call may take that is let in last.
+
+    What the server says; where it bounds no time, what as many calls as may be under way take at the speed that was
+    reached.
+    """
     if target is None or not through:
         return None
+    if target.info.max_wait_ms:
+        return target.info.max_wait_ms
     most = target.info.max_queued_jobs + 4 * target.info.max_batch_size  # see `ModelHost.admit`
     return 1000 * most / Spread.of(through).median
 

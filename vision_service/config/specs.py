@@ -129,6 +129,9 @@ class BatchingSpec(Spec):
             ``None``: not at all, or as the objective allows where there is one.
         max_queued_jobs: most images that wait, those being decoded included; one more gets RESOURCE_EXHAUSTED.
         max_queued_bytes: most bytes of preprocessed pixels that wait.
+        max_wait_ms: how long a call that is let in may take, from its request to its answer, going by those before it;
+            one more gets RESOURCE_EXHAUSTED. ``None``: 2000, but 32 calls are let in however long they take; with an
+            objective, no bound.
         target_p99_ms: objective for the time from a call's decoded image to its answer. The largest batch, the delay
             and the queue that keep it are chosen from what batches take, within the other limits; see docs/serving.md.
     """
@@ -137,6 +140,7 @@ class BatchingSpec(Spec):
     max_delay_ms: Annotated[float, Field(ge=0)] | None = None
     max_queued_jobs: Positive = 256
     max_queued_bytes: Positive = 512 * 1024 * 1024
+    max_wait_ms: Annotated[float, Field(gt=0)] | None = None
     target_p99_ms: Annotated[float, Field(gt=0)] | None = None
 
 

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 
 from vision_service.backends.base import Backend
-from vision_service.config import ModelSpec
+from vision_service.config import BatchingSpec, ModelSpec
 from vision_service.engine.batcher import Batcher, Gate, OpenGate
 from vision_service.engine.loaded import Answer, LoadedModel, Outcome, Prepared, pick_device
+from vision_service.engine.pace import USUAL_S, USUALLY_AT_LEAST, Entry, Pace
 from vision_service.engine.queue import Ride
 from vision_service.engine.threads import ForwardGate, GateShare, in_a_nicer_thread
 from vision_service.engine.tuning import Tuner
@@ -51,6 +52,7 @@ class ModelHost:
         self._empty = threading.Condition(self._state_lock)
         self._model: LoadedModel | None = None
         self._tuner: Tuner | None = None
+        self._pace = Pace(None, 1, 0.0)
         self._batcher: Batcher[Prepared, Answer] | None = None
         # What is known of it stays known once it is freed.
         self._device = spec.device
@@ -105,19 +107,23 @@ class ModelHost:
         self._state = ModelState.READY
         logger.info("model %s is ready on %s after %.1f s", self.label, self._device, time.monotonic() - started_s)
 
-    def admit(self) -> None:
+    def admit(self) -> Entry:
         """Let a call in, before work goes into its image. Every call let in must `release` in the end.
 
         The model is not closed while a call that was let in is on its way.
 
+        Returns:
+            What `release` is to be given.
+
         Raises:
             ModelUnavailable: not READY.
-            QueueFull: the queue is full.
+            QueueFull: the queue is full, or the call would take too long.
         """
         with self._state_lock:
             self._check_room()
             self._admitted += 1
             self._coming += 1
+            return self._pace.enter(self._admitted)
 
     def check_room(self) -> None:
         """Whether a call would be let in now. Errors as in `admit`."""
@@ -137,16 +143,24 @@ class ModelHost:
                 "call again in 0.10 s",
                 retry_after_s=0.1,
             )
+        self._pace.check(self._admitted, f"model {self.label}")
 
     def not_coming(self) -> None:
         """A call that was let in will not `submit`: its image could not be prepared, or it was cancelled."""
         with self._state_lock:
             self._coming -= 1
 
-    def release(self) -> None:
-        """A call that was let in has its answer."""
+    def release(self, entry: Entry, *, answered: bool) -> None:
+        """A call that was let in is over.
+
+        Args:
+            entry: from `admit`.
+            answered: whether it has a result; from calls that failed, nothing is learnt of how long one takes.
+        """
         with self._state_lock:
             self._admitted -= 1
+            if answered:
+                self._pace.answered(entry)
             if self._admitted == 0:
                 self._empty.notify_all()
 
@@ -215,6 +229,7 @@ class ModelHost:
             max_delay_ms=1000 * limits.max_delay_s if limits is not None else spec.batching.max_delay_ms or 0.0,
             target_p99_ms=spec.batching.target_p99_ms,
             answer_within_ms=tuner.choice.within_ms if tuner is not None else 0.0,
+            max_wait_ms=1000 * (self._pace.max_wait_s or 0.0),
         )
 
     def _load(self) -> None:
@@ -239,6 +254,7 @@ class ModelHost:
         finally:
             gate.release(wide=False)
         self._warn_if_not_kept(self._tuner)
+        self._pace = _pace(self.spec.batching, self._tuner)
         passes = len(model.forwards_beside)
         self._batcher = Batcher(
             self._forward,
@@ -298,3 +314,12 @@ class ModelHost:
         if model is not None and model.device.type == "cuda":
             del model
             torch.cuda.empty_cache()
+
+
+def _pace(batching: BatchingSpec, tuner: Tuner) -> Pace:
+    """How long calls may take. Until one was answered, the curve says how long one takes."""
+    size = tuner.choice.limits.max_batch_size
+    call_s = tuner.curve.ms(size) / size / 1000
+    if batching.max_wait_ms is not None:
+        return Pace(batching.max_wait_ms / 1000, 1, call_s)
+    return Pace(USUAL_S if batching.target_p99_ms is None else None, USUALLY_AT_LEAST, call_s)

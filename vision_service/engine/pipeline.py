@@ -18,6 +18,7 @@ from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import ModelHost
 from vision_service.engine.loaded import Answer, Prepared
+from vision_service.engine.pace import Entry
 from vision_service.engine.queue import Ride
 from vision_service.engine.threads import be_nicer
 from vision_service.errors import (
@@ -122,10 +123,11 @@ class Pipeline:
         Raises:
             ModelNotFound, ModelUnavailable, InvalidInput, QueueFull: at once, before work goes into the image.
         """
-        host = self._admit(Task(task), model, version)
+        host, entry = self._admit(Task(task), model, version)
         nbytes = _nbytes(image)
         with ExitStack() as undo:
-            undo.callback(host.release)
+            undo.callback(host.release, entry, answered=False)
+            undo.callback(host.not_coming)
             params = (overrides or ParamOverrides()).resolve(host.spec.params, host.spec.classes)
             self._admission.enter(nbytes)
             undo.callback(self._admission.leave, nbytes)
@@ -137,7 +139,7 @@ class Pipeline:
                 raise ModelUnavailable("the service is stopping; call again in a moment") from None
             undo.pop_all()
         waiting.add_done_callback(lambda _: self._admission.leave(nbytes))
-        call.result.add_done_callback(lambda _: host.release())
+        call.result.add_done_callback(lambda result: host.release(entry, answered=_has_result(result)))
         call.result.add_done_callback(
             lambda _: call.drop_image()
         )  # a cancelled call must not keep it in the pool's queue
@@ -212,17 +214,17 @@ class Pipeline:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _admit(self, task: Task, model: str, version: str) -> ModelHost:
+    def _admit(self, task: Task, model: str, version: str) -> tuple[ModelHost, Entry]:
         """Find a host that lets this call in; when a swap comes between the two steps, its successor."""
         while True:
             host = self.catalog.get(task, model, version)
             try:
-                host.admit()
+                entry = host.admit()
             except ModelUnavailable:
                 if self.catalog.get(task, model, version) is host:
                     raise
             else:
-                return host
+                return host, entry
 
     def _prepare(self, call: Call) -> None:
         """Decode and preprocess on a worker, then queue. Every way out answers the call."""
@@ -315,6 +317,10 @@ def _as_ours(error: Exception, what: str) -> VisionError:
     failure = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
     failure.__cause__ = error
     return failure
+
+
+def _has_result(future: Future[Any]) -> bool:
+    return not future.cancelled() and future.exception() is None
 
 
 def _outcome(future: Future[Result[Any]]) -> Result[Any] | VisionError:

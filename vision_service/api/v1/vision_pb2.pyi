@@ -315,7 +315,7 @@ class TranslateResponse(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., info: _Optional[_Union[ResponseInfo, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "state", "state_reason", "is_default", "backend", "device", "runtime", "precision", "licence", "source", "class_names", "preprocess_json", "max_batch_size", "max_queued_jobs", "queued_jobs", "runtime_reason", "latency_curve", "max_delay_ms", "target_p99_ms", "answer_within_ms")
+    __slots__ = ("name", "version", "task", "state", "state_reason", "is_default", "backend", "device", "runtime", "precision", "licence", "source", "class_names", "preprocess_json", "max_batch_size", "max_queued_jobs", "queued_jobs", "runtime_reason", "latency_curve", "max_delay_ms", "target_p99_ms", "answer_within_ms", "max_wait_ms")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +338,7 @@ class Model(_message.Message):
     MAX_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
     TARGET_P99_MS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     task: Task
@@ -360,7 +361,8 @@ class Model(_message.Message):
     max_delay_ms: float
     target_p99_ms: float
     answer_within_ms: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., state_reason: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., runtime: _Optional[str] = ..., precision: _Optional[str] = ..., licence: _Optional[str] = ..., source: _Optional[str] = ..., class_names: _Optional[_Iterable[str]] = ..., preprocess_json: _Optional[str] = ..., max_batch_size: _Optional[int] = ..., max_queued_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., runtime_reason: _Optional[str] = ..., latency_curve: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., max_delay_ms: _Optional[float] = ..., target_p99_ms: _Optional[float] = ..., answer_within_ms: _Optional[float] = ...) -> None: ...
+    max_wait_ms: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., state_reason: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., runtime: _Optional[str] = ..., precision: _Optional[str] = ..., licence: _Optional[str] = ..., source: _Optional[str] = ..., class_names: _Optional[_Iterable[str]] = ..., preprocess_json: _Optional[str] = ..., max_batch_size: _Optional[int] = ..., max_queued_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., runtime_reason: _Optional[str] = ..., latency_curve: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., max_delay_ms: _Optional[float] = ..., target_p99_ms: _Optional[float] = ..., answer_within_ms: _Optional[float] = ..., max_wait_ms: _Optional[float] = ...) -> None: ...
 
 class BatchLatency(_message.Message):
     __slots__ = ("batch_size", "latency_ms")
