@@ -303,6 +303,59 @@ def test_a_full_server_refuses_before_it_reads_the_message(gated):
         assert caught.value.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_a_flood_of_refusals_is_counted_in_the_log(gated, caplog, level):
+    vision, gate, first, running = gated
+    waiting = [vision.Classify.future(raw_request(red), timeout=30) for red in (2, 3)]
+    while queued(running) < 2:
+        time.sleep(0.005)
+    caplog.clear()
+    caplog.set_level(level, "vision_service.access")
+    ids = [f"flood-{number}" for number in range(200)]
+    calls = [vision.Classify.future(raw_request(4), timeout=10, metadata=[("x-request-id", one)]) for one in ids]
+    for call, request_id in zip(calls, ids, strict=True):
+        assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(call.trailing_metadata())["x-request-id"] == request_id
+
+    def logged():
+        records = [record for record in caplog.records if getattr(record, "status", "") == "RESOURCE_EXHAUSTED"]
+        own = [record for record in records if hasattr(record, "request_id")]
+        counted = sum(getattr(record, "calls", 0) for record in records)
+        return [record for record in own if record.levelno == logging.INFO], own, counted
+
+    for _ in range(300):  # the rest is counted when the second is over
+        lines, own, counted = logged()
+        if len(lines) + counted == 200:
+            break
+        time.sleep(0.01)
+    assert len(lines) + counted == 200
+    assert counted > 0
+    assert {record.request_id for record in lines} <= set(ids)
+    assert lines[0].method == "/vision.v1.VisionService/Classify"
+    assert len(own) == (200 if level == logging.DEBUG else len(lines))
+    gate.touch()
+    for call in (first, *waiting):
+        call.result()
+
+
+def test_refusals_that_were_not_logged_yet_are_when_the_server_stops(tmp_path, caplog):
+    gate = tmp_path / "gate"
+    gate.touch()
+    more = f'options = {{gate = "{gate}"}}\nbatching = {{max_batch_size = 1, max_queued_jobs = 1}}'
+    caplog.set_level(logging.INFO, "vision_service.access")
+    with run_server(settings(tmp_path, {"slow": more})) as running:
+        gate.unlink()
+        with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+            vision = pb_grpc.VisionServiceStub(channel)
+            calls = [vision.Classify.future(raw_request(1), timeout=30) for _ in range(60)]
+            while sum(call.done() for call in calls) < 50:
+                time.sleep(0.005)
+            gate.touch()
+            refused = sum(call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for call in calls)
+    records = [record for record in caplog.records if getattr(record, "status", "") == "RESOURCE_EXHAUSTED"]
+    assert sum(getattr(record, "calls", 1) for record in records) == refused >= 50
+
+
 def test_while_one_model_is_full_the_others_of_its_task_take_calls(tmp_path):
     gate = tmp_path / "gate"
     gate.touch()

@@ -73,6 +73,24 @@ def test_a_signal_while_loading_ends_without_serving(tmp_path):
         assert log.splitlines()[-1].endswith("stopped")
 
 
+@pytest.mark.parametrize(
+    ("environment", "unknown"),
+    [
+        ({}, None),  # the default is one that the installed gRPC knows
+        ({"VISION_SERVICE_GRPC_EXPERIMENTS": "no_such_a"}, "no_such_a"),
+        ({"VISION_SERVICE_GRPC_EXPERIMENTS": "no_such_a", "GRPC_EXPERIMENTS": "no_such_b"}, "no_such_b"),
+    ],
+)
+def test_grpc_is_told_what_the_settings_say_unless_the_environment_does(serve, tmp_path, environment, unknown):
+    """gRPC itself is the witness: it names experiments that it does not know, and goes on."""
+    _, port, _ = serve("", **environment)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        reply = pb_grpc.VisionServiceStub(channel).Classify(raw_request(7), timeout=10)
+    assert reply.classes[0].class_name == "red 7"
+    named = [line.split()[-1] for line in (tmp_path / "log").read_text().splitlines() if "Unknown experiment" in line]
+    assert named == ([unknown] if unknown else [])
+
+
 def test_settings_come_from_the_environment_too(serve):
     _, _, printed = serve("", VISION_SERVICE_MAX_IMAGE_PIXELS="1234")
     assert "max_image_pixels = 1234" in printed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import InvalidImage, InvalidInput
-from vision_service.imaging.masks import decode_png, decode_rle
+from vision_service.imaging.masks import decode_png, decode_rle, encode_rle
 from vision_service.imaging.source import RawPixels
 from vision_service.model_info import ModelInfo, ModelSelector, ModelState
 from vision_service.server import codec, replies
@@ -262,6 +263,16 @@ class TestReplies:
         call = codec.read_classify(pb.ClassifyRequest(image=IMAGE))
         empty = Classification(np.empty(0, np.int64), (), np.empty(0, np.float32))
         assert isinstance(replies.write_reply(result(empty), call), pb.ClassifyResponse)
+
+    def test_what_is_written_from_pixels_takes_long(self):
+        boxes = detections(1)
+        quick = (Classification(np.empty(0, np.int64), (), np.empty(0, np.float32)), boxes)
+        slow = (
+            dataclasses.replace(boxes, mask_rles=(encode_rle(np.eye(4, 6, dtype=bool)),)),
+            SegmentationMap(np.eye(4, 6, dtype=np.uint8), ("background", "line"), 0),
+            TranslatedImage(np.zeros((4, 6, 3), np.uint8)),
+        )
+        assert [replies.takes_long(result(found)) for found in (*quick, *slow)] == [False, False, True, True, True]
 
     def test_listings_keep_their_order_and_leave_class_names_out(self):
         infos = [

@@ -429,6 +429,16 @@ def test_finish_that_fails_or_comes_too_late(pipeline):
     assert ran == []
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_last_work_is_done_where_it_is_needed(pipeline, needed):
+    ran = []
+    work = {"finish": lambda result: ran.append(result) or "done", "finish_needed": lambda result: needed}
+    outcome = pipeline().submit(red_image(1), **work, **CLASSIFY).result(5)
+    assert len(ran) == needed
+    assert (outcome if not needed else ran[0]).prediction.class_names == ("red 1",)
+    assert (outcome == "done") == needed
+
+
 def test_calls_under_way_are_bounded_per_model(pipeline):
     slow = threading.Event()
     made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_queued_jobs": 2}))

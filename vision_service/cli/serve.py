@@ -45,11 +45,11 @@ def serve(
     which is told on stderr. Ready when "ready on" is printed.
     """
     import asyncio
+    import os
 
     from vision_service.cli.progress import Downloads
     from vision_service.config.settings import ServerSettings
     from vision_service.engine.build import pull_missing, resolve_specs
-    from vision_service.server.app import serve as run
     from vision_service.server.logs import set_up_logs
 
     flags: dict[str, Any] = {
@@ -81,6 +81,10 @@ def serve(
         raise typer.Exit(_serve_on_ray(settings, ray))
     with Downloads() as watcher:
         pull_missing(resolve_specs(settings), settings, watcher)
+    if settings.grpc_experiments:
+        os.environ.setdefault("GRPC_EXPERIMENTS", settings.grpc_experiments)
+    from vision_service.server.app import serve as run  # with gRPC, which reads the variable when it is imported
+
     raise typer.Exit(asyncio.run(run(settings, on_ready=_print_ready)))
 
 

@@ -54,6 +54,8 @@ class ServerSettings(BaseSettings):
             them from the usable cores.
         compute_nice: by how much threads that decode and compute are nicer (see ``man 2 nice``) than those that talk to
             callers; 0: not at all.
+        grpc_experiments: what ``serve`` sets gRPC's variable ``GRPC_EXPERIMENTS`` to where nobody else has; empty:
+            nothing. See docs/decisions.md.
         max_image_bytes: largest encoded or raw image, bytes.
         max_image_pixels: largest image, pixels, read from its header before it is decoded.
         max_message_bytes: largest gRPC message in either direction, bytes.
@@ -87,6 +89,7 @@ class ServerSettings(BaseSettings):
     runtime_threads: Annotated[int, Field(ge=0)] = 0
     forward_passes: Annotated[int, Field(ge=0)] = 0
     compute_nice: Annotated[int, Field(ge=0, le=19)] = 5
+    grpc_experiments: str = "-event_engine_listener"
     max_image_bytes: Count = 32 * MIB
     max_image_pixels: Count = 50_000_000
     max_message_bytes: Count = 64 * MIB

@@ -24,6 +24,7 @@ class Call:
         params: what the call chose.
         deadline_s: on `time.monotonic`'s clock, or ``None``.
         finish: last work on the result, or ``None``.
+        finish_needed: whether a result needs that.
         result: what the caller waits for.
         decode_ms: file bytes to pixels.
         preprocess_ms: pixels to the network's input.
@@ -35,6 +36,7 @@ class Call:
     params: Params
     deadline_s: float | None
     finish: Callable[[Result[Any]], Any] | None = None
+    finish_needed: Callable[[Result[Any]], bool] = lambda _: True
     result: Future[Any] = field(default_factory=Future)
     decode_ms: float = 0.0
     preprocess_ms: float = 0.0

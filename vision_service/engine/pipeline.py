@@ -103,6 +103,7 @@ class Pipeline:
         overrides: ParamOverrides | None = None,
         timeout_s: float | None = None,
         finish: Callable[[Result[Any]], Any] | None = None,
+        finish_needed: Callable[[Result[Any]], bool] = lambda _: True,
     ) -> Future[Any]:
         """Start one image.
 
@@ -115,6 +116,7 @@ class Pipeline:
             timeout_s: seconds from now; past it the image never reaches the device.
             finish: last work on the result, such as encoding masks. It runs on threads of its own, ahead of images
                 that still wait to be decoded, and counts as part of the call.
+            finish_needed: whether there is such work on a result; without, the result comes as it is.
 
         Returns:
             The result to come, or what ``finish`` makes of it; its exception is a `VisionError`. Cancelling it takes
@@ -132,7 +134,7 @@ class Pipeline:
             self._admission.enter(nbytes)
             undo.callback(self._admission.leave, nbytes)
             deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-            call = Call(image, host, params, deadline_s, finish)
+            call = Call(image, host, params, deadline_s, finish, finish_needed)
             try:
                 waiting = self._pool.submit(self._prepare, call)
             except RuntimeError:  # the pool was shut down
@@ -269,10 +271,12 @@ class Pipeline:
         error = ride.exception()
         if error is not None:
             call.fail(error)
-        elif call.finish is None:
-            call.succeed(call.outcome(ride.result()))
+            return
+        result = call.outcome(ride.result())
+        if call.finish is None or not call.finish_needed(result):
+            call.succeed(result)
         else:
-            self._finishers.submit(self._finish, call, call.outcome(ride.result()))
+            self._finishers.submit(self._finish, call, result)
 
     def _finish(self, call: Call, result: Result[Any]) -> None:
         """The last work on a result, unless nobody waits for it any more."""

@@ -126,6 +126,7 @@ class VisionServer:
         # Streams (health watches, reflection) have no end of their own and nothing to answer.
         await self._server.stop(STREAM_GRACE_S if in_time else None)
         await stopping
+        self._calls.log_rest()
         left_s = max(1.0, until_s - loop.time())
         return await loop.run_in_executor(None, self.pipeline.close, left_s) and in_time
 

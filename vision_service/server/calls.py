@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -16,20 +13,11 @@ import grpc
 
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import QueueFull, VisionError
+from vision_service.server.metadata import MAX_MESSAGE, REQUEST_ID, request_id_of, trailing_of
+from vision_service.server.refusals import Refusals
 from vision_service.types import Task
 
 logger = logging.getLogger("vision_service.access")
-
-REQUEST_ID = "x-request-id"
-RETRY_AFTER = "grpc-retry-pushback-ms"
-"""gRPC's own name for "come back then" (gRFC A6); its built-in retries obey it too."""
-
-MAX_MESSAGE = 4000
-"""Longest message of an error, characters: gRPC carries it in a header, whose size has a hard limit."""
-
-# A random number for each call would be a system call for each call; this one tells runs of the server apart.
-_RUN = secrets.token_hex(4)
-_NUMBERS = itertools.count(1)
 
 TASK_OF_METHOD = {
     f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/{task.value.capitalize()}": task for task in Task
@@ -37,16 +25,6 @@ TASK_OF_METHOD = {
 
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 """Of a servicer: request and context in, reply out."""
-
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-
-
-def request_id_of(metadata: Any) -> str:
-    """The caller's request id where it is fit for a log, else a new one."""
-    for key, value in metadata or ():
-        if key == REQUEST_ID and isinstance(value, str) and _SAFE_ID.fullmatch(value):
-            return value
-    return f"{_RUN}{next(_NUMBERS):08x}"
 
 
 class Calls(grpc.GenericRpcHandler):
@@ -66,6 +44,7 @@ class Calls(grpc.GenericRpcHandler):
 
     def __init__(self, check_room: Callable[[Task], None]) -> None:
         self._check_room = check_room
+        self._refusals = Refusals()
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
@@ -85,7 +64,7 @@ class Calls(grpc.GenericRpcHandler):
         refusal = self._refusal(method)
         if refusal is not None:
             # As a handler of a stream of requests, which gRPC calls before it has read any. On the wire both are one.
-            return grpc.stream_unary_rpc_method_handler(self._counted(_raiser(refusal), method))
+            return grpc.stream_unary_rpc_method_handler(self._refusals.handler(refusal, method))
         known = self._wrapped.get(method)
         if known is not None:
             return known
@@ -99,6 +78,10 @@ class Calls(grpc.GenericRpcHandler):
     async def wait_idle(self) -> None:
         """Wait until no unary call is under way."""
         await self._idle.wait()
+
+    def log_rest(self) -> None:
+        """Write to the log what was kept back for a line about several calls."""
+        self._refusals.log_rest()
 
     def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         if handler.unary_unary is None:
@@ -136,13 +119,6 @@ class Calls(grpc.GenericRpcHandler):
         return call
 
 
-def _raiser(error: VisionError) -> Method:
-    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        raise error
-
-    return refuse
-
-
 async def _abort(
     context: grpc.aio.ServicerContext, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, str], ...]
 ) -> None:
@@ -178,10 +154,7 @@ async def observed(inner: Method, request: Any, context: grpc.aio.ServicerContex
         status = error.status
         if status == "INTERNAL":
             logger.error("call %s failed", request_id, exc_info=error)
-        trailing = [(REQUEST_ID, request_id)]
-        if isinstance(error, QueueFull):
-            trailing.append((RETRY_AFTER, str(max(1, round(1000 * error.retry_after_s)))))
-        await _abort(context, grpc.StatusCode[status], str(error), tuple(trailing))
+        await _abort(context, grpc.StatusCode[status], str(error), trailing_of(error, request_id))
     except asyncio.CancelledError:
         status = "CANCELLED"  # by the caller, or by its deadline
         raise

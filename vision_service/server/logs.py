@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 
-FIELDS = ("method", "status", "request_id", "peer", "duration_ms")
+FIELDS = ("method", "status", "request_id", "peer", "duration_ms", "calls")
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,8 +1,4 @@
-"""Results as replies: the writing half of the server's codec.
-
-Masks and images take milliseconds to encode: `write_segments`, `write_image` and `write_detections` with masks are not
-for the event loop.
-"""
+"""Results as replies: the writing half of the server's codec."""
 
 from __future__ import annotations
 
@@ -31,6 +27,12 @@ from vision_service.types import (
 from vision_service.wire import DEFAULT_QUALITY, ImageEncoding, MaskEncoding, model_to_proto
 
 Response = pb.ClassifyResponse | pb.DetectResponse | pb.SegmentResponse | pb.TranslateResponse
+
+
+def takes_long(result: Result[Prediction]) -> bool:
+    """Whether a result's reply is written from pixels: milliseconds, so not on the event loop."""
+    found = result.prediction
+    return not isinstance(found, Classification) and (not isinstance(found, Detections) or found.mask_rles is not None)
 
 
 def write_reply(result: Result[Prediction], call: Call) -> Response:

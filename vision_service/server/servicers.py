@@ -13,10 +13,7 @@ from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.engine.pipeline import Pipeline
 from vision_service.server import codec, replies
-from vision_service.types import Task
-
-PIXEL_REPLIES = (Task.DETECT, Task.SEGMENT, Task.TRANSLATE)
-"""Tasks whose reply may be encoded from pixels (some detectors make masks): milliseconds, so not on the event loop."""
+from vision_service.types import Result
 
 
 class VisionServicer(pb_grpc.VisionServiceServicer):
@@ -50,7 +47,6 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
     ) -> replies.Response:
         call = read(request)
         # When the caller hangs up or its deadline passes, gRPC cancels this coroutine, and that the waiting image.
-        off_loop = call.task in PIXEL_REPLIES
         answer = await asyncio.wrap_future(
             self._pipeline.submit(
                 call.image,
@@ -59,10 +55,11 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
                 version=call.model.version,
                 overrides=call.overrides,
                 timeout_s=context.time_remaining(),
-                finish=partial(replies.write_reply, call=call) if off_loop else None,
+                finish=partial(replies.write_reply, call=call),
+                finish_needed=replies.takes_long,
             )
         )
-        return answer if off_loop else replies.write_reply(answer, call)
+        return replies.write_reply(answer, call) if isinstance(answer, Result) else answer
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
