@@ -24,8 +24,9 @@ from vision_service.types import PREDICTION_OF_TASK, ImageMeta, InputArray, Para
 
 logger = logging.getLogger(__name__)
 
-_TIMED_RUNS = 5
-"""Runs of a batch size that are timed at warm-up, the first one, which is slower, left out."""
+_TIMED_RUNS, _MOST_TIMED_RUNS, _TIMED_S = 5, 25, 1.0
+"""Runs of each batch size that are timed at warm-up, the first one, which is slower, left out: at least so many, and up
+to so many until about so many seconds are over. A neighbour that is busy for a moment shall not choose the batch."""
 
 _LONG_S = 0.5
 """A first run that takes longer than this is taken for the measurement: a large network shall not take minutes more."""
@@ -173,8 +174,11 @@ class LoadedModel:
         first_s = {size: self._time(size) for size in sizes}
         short = [size for size in sizes if first_s[size] <= _LONG_S]
         least_s = {size: first_s[size] for size in sizes if size not in short}
-        for _ in range(_TIMED_RUNS):  # sizes in turn: what slows the machine down for a while slows them all down
-            for size in short:
+        until_s = time.monotonic() + _TIMED_S
+        runs = 0
+        while runs < _TIMED_RUNS or (runs < _MOST_TIMED_RUNS and time.monotonic() < until_s):
+            runs += 1
+            for size in short:  # in turn: what slows the machine down for a while slows them all down
                 least_s[size] = min(least_s.get(size, inf), self._time(size))
         for forward in self.forwards_beside:
             forward([self._example] * largest)

@@ -19,7 +19,7 @@ from vision_service.engine.queue import BatchLimits
 _WORTH_A_DELAY = 0.9
 """An image in a full batch must cost less than this share of one alone, or waiting for a fuller batch gains nothing."""
 
-_ABOUT_AS_LITTLE = 1.08
+_ABOUT_AS_LITTLE = 1.1
 """Costs of an image in batches of two sizes differ by no more than this factor: then the smaller batch is taken."""
 
 _SMOOTHING = 0.05
