@@ -109,3 +109,13 @@ def test_another_version_of_the_model_does_all_again(photos, tmp_path):
         assert ("all images are done again" in done.stderr) == again
         rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
         assert [row["version"] for row in rows] == [version] * 10
+
+
+def test_a_job_is_patient_with_a_server_that_is_full(photos, tmp_path):
+    """Far more calls under way than the server takes: they are refused many times, and none is lost."""
+    few = "batching = {max_batch_size = 1, max_queued_jobs = 2}\noptions.sleep_s = 0.02"
+    with served(tiny_manifest(tmp_path, tiny=few)) as server:
+        done = run(*words(photos, f"127.0.0.1:{server.port}", tmp_path / "out", "--in-flight", 48))
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [record["classes"][0]["class_id"] for record in records] == list(range(IMAGES))

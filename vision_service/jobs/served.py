@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
 from vision_service.client import VisionClient
-from vision_service.errors import InvalidImage, ModelNotFound, VisionError
+from vision_service.errors import InvalidImage, ModelNotFound, QueueFull, VisionError
 from vision_service.imaging.decode import DecodeLimits, decode_image
 from vision_service.jobs.items import Failure, Item, Outcome
 from vision_service.jobs.predictor import digest
 from vision_service.jobs.reading import read_item
 from vision_service.model_info import ModelInfo
 from vision_service.types import ParamOverrides, Task
+
+_PATIENCE_S = 600.0
+"""How long an image is offered to a server that is full, seconds. The client itself gives up after a few times, because
+somebody waits for its answer; nobody does for one of a job's."""
 
 _DECIDES = ("name", "version", "task", "backend", "runtime", "precision", "source", "class_names", "preprocess_json")
 """What of a served model decides answers. The rest is measured anew at each start of a server, or is of the moment."""
@@ -86,7 +91,7 @@ class ServedModel:
             return Outcome(item, failures=(Failure(InvalidImage(f"{item.file} cannot be read as a video")),))
         try:
             content = read_item(item, self.limits) if item.pixels is None else item.pixels
-            result = self._method(content, model=self._model, version=self._version, **self._chosen)
+            result = self._ask(content)
             image = None
             if keep_image:
                 image = decode_image(content, self.limits) if isinstance(content, bytes) else content
@@ -95,3 +100,14 @@ class ServedModel:
         except VisionError as error:
             return Outcome(item, failures=(Failure.of(error, self._model),))
         return Outcome(item, (result,), (), image)
+
+    def _ask(self, content: Any) -> Any:
+        """The server's result; while it is full, again and again. Errors as the client's."""
+        until_s = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return self._method(content, model=self._model, version=self._version, **self._chosen)
+            except QueueFull as error:
+                if time.monotonic() >= until_s:
+                    raise
+                time.sleep(min(error.retry_after_s, 1.0))
