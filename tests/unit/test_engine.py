@@ -709,14 +709,18 @@ def test_a_call_that_would_take_too_long_is_refused(pipeline, gate):
     made.predict(red_image(1), **CLASSIFY)  # there is room again
 
 
-def test_without_a_word_about_it_calls_may_take_two_seconds_but_a_slow_model_keeps_some(pipeline):
-    made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_queued_jobs": 100}, options={"sleep_s": 0.1}))
+def test_without_a_word_about_it_calls_may_take_two_seconds_but_a_slow_model_keeps_some(pipeline, gate):
+    gate.touch()  # for the warm-up; then nothing is answered, however slowly the calls come
+    slow = {"sleep_s": 0.1, "gate": str(gate)}
+    made = pipeline(tiny_spec(batching={"max_batch_size": 1, "max_queued_jobs": 100}, options=slow))
+    gate.unlink()
     assert made.catalog.info(made.catalog.hosts()[0]).max_wait_ms == 2000
     futures = [made.submit(red_image(1), **CLASSIFY) for _ in range(32)]  # would take 3.2 s
     with pytest.raises(QueueFull, match="32 calls to model tiny:1 are under way"):
         made.submit(red_image(1), **CLASSIFY)
     for future in futures:
         future.cancel()
+    gate.touch()
 
 
 def test_an_objective_is_the_only_bound_in_time(pipeline):
