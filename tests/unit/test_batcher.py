@@ -9,6 +9,7 @@ import pytest
 from vision_service.engine.batcher import Batcher
 from vision_service.engine.queue import BatchLimits
 from vision_service.engine.threads import ForwardGate, GateShare
+from vision_service.engine.together import once_at_end
 from vision_service.errors import DeadlineExceeded, DeviceOutOfMemory, InferenceFailed, ModelUnavailable, QueueFull
 
 
@@ -297,6 +298,23 @@ def test_a_callback_that_raises_anything_does_not_stop_the_thread(make, executor
     with pytest.raises(InferenceFailed, match="interrupted"):
         polite.result(5)
     assert batcher.submit(3).result(5).value == 6
+
+
+def test_the_answers_of_a_batch_are_handed_over_together(make, executor):
+    batcher = make(max_batch_size=4)
+    first = occupy(batcher, executor)
+    answered = []
+
+    def once():
+        answered.append([job.done() for job in jobs])
+
+    jobs = [batcher.submit(n) for n in range(1, 5)]
+    for job in jobs:
+        job.add_done_callback(lambda _: once_at_end(once))
+    executor.gate.set()
+    wait([first, *jobs], 10)
+    eventually(lambda: answered)
+    assert answered == [[True] * 4]
 
 
 def test_close_from_a_callback_does_not_wait_for_itself(make, executor):

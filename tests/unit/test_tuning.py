@@ -28,8 +28,10 @@ def test_without_an_objective_the_spec_is_kept():
         (((1, 10.0), (2, 12.0), (4, 20.0), (8, 36.0)), 8, 8),  # 4.5 ms an image instead of 5
         (((1, 10.0), (2, 12.0), (4, 20.0), (8, 48.0)), 8, 4),  # 6 ms an image: too large for the caches
         (((1, 10.0), (2, 12.0), (4, 20.0), (8, 20.0)), 4, 4),  # no larger than the spec says
-        (((1, 10.0), (2, 20.4), (4, 41.0), (6, 61.0)), 6, 1),  # about as little, whatever the size
-        (((1, 10.0), (2, 18.0), (4, 34.5)), 4, 2),  # 9 against 8.625
+        (((1, 100.0), (2, 204.0), (4, 410.0), (6, 610.0)), 6, 1),  # about as little, whatever the size
+        (((1, 10.0), (2, 20.0), (4, 40.0), (8, 80.0)), 8, 2),  # the same network, but a batch is 2 ms of other work
+        (((1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0), (16, 16.0)), 16, 16),  # which is most of a tiny network's
+        (((1, 10.0), (2, 18.0), (4, 34.5)), 4, 2),  # 9 + 1 against 8.625 + 0.5
     ],
 )
 def test_the_smallest_batch_that_costs_an_image_about_as_little_as_any(points, most, batch):

@@ -7,7 +7,8 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -118,16 +119,7 @@ class Bench:
 
     def pipeline(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
         """As many images in flight as are wanted: each answer sends the next image."""
-        loop = _ClosedLoop(self._pipeline, self._host, self._images)
-        loop.run(in_flight, warmup_s)
-        loop.result = PipelineResult()
-        reset_peak(os.getpid())
-        started_s, used_s = time.perf_counter(), cpu_s(os.getpid())
-        loop.run(in_flight, seconds)
-        loop.result.cpu_s = cpu_s(os.getpid()) - used_s
-        loop.result.seconds = time.perf_counter() - started_s
-        loop.result.peak_mb = memory_mb(os.getpid(), "VmHWM")
-        return loop.result
+        return _ClosedLoop(self._pipeline, self._host, self._images).run(in_flight, warmup_s, seconds)
 
     def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images as the network takes them; of models whose inputs differ in size, the first image over and over."""
@@ -140,42 +132,55 @@ class Bench:
 
 
 class _ClosedLoop:
+    """Counts what the load generator of `vision_service.bench.load` counts: what is answered within the window."""
+
     def __init__(self, pipeline: Pipeline, host: ModelHost, images: Sequence[bytes]) -> None:
         self._pipeline, self._host, self._images = pipeline, host, images
-        self._done: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[float, Future[Result[Any]]]] = queue.SimpleQueue()
         self._begun = 0
-        self.result = PipelineResult()
+        self._flying = 0
+        self._result = PipelineResult()
 
-    def run(self, in_flight: int, seconds: float) -> None:
-        end_s = time.perf_counter() + seconds
-        for _ in range(in_flight):
-            self._begin()
-        flying = in_flight
-        while flying:
-            started_s, answer = self._done.get()
-            flying -= 1
-            now_s = time.perf_counter()
-            if now_s < end_s:
+    def run(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
+        """Warm up, measure without a pause between, and wait for what is under way."""
+        result, pid = self._result, os.getpid()
+        self._until(time.perf_counter() + warmup_s, in_flight, lambda *_: None)
+        reset_peak(pid)
+        started_s, used_s = time.perf_counter(), cpu_s(pid)
+        self._until(started_s + seconds, in_flight, self._count)
+        result.seconds, result.cpu_s = time.perf_counter() - started_s, cpu_s(pid) - used_s
+        result.peak_mb = memory_mb(pid, "VmHWM")
+        while self._flying:
+            self._done.get()
+            self._flying -= 1
+        return result
+
+    def _until(self, end_s: float, in_flight: int, count: Callable[[float, Future[Result[Any]]], None]) -> None:
+        while (now_s := time.perf_counter()) < end_s:
+            while self._flying < in_flight:
                 self._begin()
-                flying += 1
-            self._count(now_s - started_s, answer)
+            with suppress(queue.Empty):
+                started_s, answer = self._done.get(timeout=end_s - now_s)
+                self._flying -= 1
+                count(time.perf_counter() - started_s, answer)
 
     def _begin(self) -> None:
         image = self._images[self._begun % len(self._images)]
         self._begun += 1
+        self._flying += 1
         started_s = time.perf_counter()
         spec = self._host.spec
         future = self._pipeline.submit(image, task=spec.task, model=spec.name, version=spec.version)
         future.add_done_callback(lambda future: self._done.put((started_s, future)))
 
-    def _count(self, latency_s: float, answer: Any) -> None:
+    def _count(self, latency_s: float, answer: Future[Result[Any]]) -> None:
         try:
-            result: Result[Any] = answer.result()
+            result = answer.result()
         except VisionError:
-            self.result.failed += 1
+            self._result.failed += 1
         else:
-            self.result.latencies_s.append(latency_s)
-            self.result.batch_sizes.append(result.timings.batch_size)
+            self._result.latencies_s.append(latency_s)
+            self._result.batch_sizes.append(result.timings.batch_size)
 
 
 def _alone(run: Callable[[], object], images: int, seconds: float) -> Alone:

@@ -180,7 +180,8 @@ class Batcher(Generic[T, R]):
             if job.deadline_s is not None and job.deadline_s < self._next_expiry_s:
                 self._next_expiry_s = job.deadline_s
                 self._expiry.notify()
-            self._work.notify()
+            if self._wait_s() < FOREVER_S:  # else an executor would be woken only to wait on
+                self._work.notify()
         # By its number: a caller that keeps the future must not keep the payload with it.
         number = id(job)
         job.future.add_done_callback(lambda future: self._forget(key, number) if future.cancelled() else None)

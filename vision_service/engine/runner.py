@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from vision_service.engine.queue import Job, Ride
+from vision_service.engine.together import together
 from vision_service.errors import DeadlineExceeded, InferenceFailed, VisionError
 
 T = TypeVar("T")
@@ -133,8 +134,9 @@ class BatchRunner(Generic[T, R]):
             if len(jobs) > 1:
                 failure.__traceback__ = None
         else:
-            for job, value in zip(jobs, values, strict=True):
-                job.future.set_result(Ride(value, executed.started_s - job.queued_s, len(executed.jobs)))
+            with together():  # whoever waits in another thread is woken once
+                for job, value in zip(jobs, values, strict=True):
+                    job.future.set_result(Ride(value, executed.started_s - job.queued_s, len(executed.jobs)))
             return
         if len(jobs) == 1:
             self._blame(jobs[0], failure)

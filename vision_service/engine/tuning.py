@@ -22,6 +22,10 @@ _WORTH_A_DELAY = 0.9
 _ABOUT_AS_LITTLE = 1.1
 """Costs of an image in batches of two sizes differ by no more than this factor: then the smaller batch is taken."""
 
+_A_BATCH_MS = 2.0
+"""What a batch costs besides the network, whatever its size: it is passed from thread to thread and its callers are
+woken, beside decoders that lose what they have in the caches."""
+
 _SMOOTHING = 0.05
 """Weight of the newest batch in the moving average of the slowdown: that of about 20 batches."""
 
@@ -50,8 +54,11 @@ class LatencyCurve:
         return low_ms * size / low_size
 
     def economical(self, most: int) -> int:
-        """The smallest measured size of at most ``most`` in which an image costs about as little as in any of them."""
-        costs = {size: ms / size for size, ms in self.points if size <= most}
+        """The smallest measured size of at most ``most`` in which an image costs about as little as in any of them.
+
+        Its share of what a batch costs besides the network included: 2 ms, which small networks' batches are to spread.
+        """
+        costs = {size: (ms + _A_BATCH_MS) / size for size, ms in self.points if size <= most}
         bound = _ABOUT_AS_LITTLE * min(costs.values())
         return min(size for size, cost in costs.items() if cost <= bound)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.engine.pipeline import Pipeline
 from vision_service.server import codec, replies
+from vision_service.server.arrivals import Arrivals
 from vision_service.types import Result
 
 
@@ -25,6 +25,7 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
+        self._arrivals = Arrivals()
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
         """See the API."""
@@ -47,7 +48,7 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
     ) -> replies.Response:
         call = read(request)
         # When the caller hangs up or its deadline passes, gRPC cancels this coroutine, and that the waiting image.
-        answer = await asyncio.wrap_future(
+        answer = await self._arrivals.wait_for(
             self._pipeline.submit(
                 call.image,
                 task=call.task,

@@ -1,0 +1,60 @@
+"""Results of other threads, for coroutines that wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from vision_service.engine.together import once_at_end
+
+
+class Arrivals:
+    """Waits for futures of other threads, and is woken once for those that are done together.
+
+    `asyncio.wrap_future` wakes the loop for each. For one event loop: the first that waits.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrived: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
+
+    async def wait_for(self, future: Future[Any]) -> Any:
+        """The future's result; raises its exception. When the waiting coroutine is cancelled, so is the future."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(partial(self._arrive, waiter))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        try:
+            return future.result()
+        finally:
+            del future  # an error holds this frame, which would hold the error
+
+    def _arrive(self, waiter: asyncio.Future[Any], future: Future[Any]) -> None:
+        """Take note of a future that is done. Called by the thread that made it so."""
+        self._arrived.append((waiter, future))
+        once_at_end(self._tell)
+
+    def _tell(self) -> None:
+        assert self._loop is not None, "set by wait_for()"
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        """Let the coroutines go on whose futures are done."""
+        while self._arrived:
+            waiter, future = self._arrived.popleft()
+            if waiter.done():  # its call is over
+                continue
+            if future.cancelled():
+                waiter.cancel()
+            else:
+                waiter.set_result(None)
