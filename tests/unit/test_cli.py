@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,27 @@ class TestHelp:
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "[]"
+
+    @pytest.mark.parametrize(
+        ("said", "spins"),
+        [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    )
+    def test_torchs_threads_do_not_spin_for_long_unless_told_to(self, said, spins):
+        code = "from vision_service.cli import app; app(['models', 'list'], standalone_mode=False); import torch"
+        others = {
+            name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=others | said | {"OMP_DISPLAY_ENV": "verbose"},
+        )
+        if "GOMP_" not in done.stderr:
+            pytest.skip("this torch uses another OpenMP than GNU's")
+        assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 class TestPredict:

@@ -10,6 +10,7 @@ import typer
 from vision_service import __version__
 from vision_service.cli import add, bench, client, evaluate, health, models, predict, serve, weights
 from vision_service.cli.failures import readable, show_tracebacks
+from vision_service.engine.threads import limit_spinning
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serve.serve,
@@ -53,6 +54,7 @@ def main(
 ) -> None:
     """Photos in; classes, boxes, masks and images out."""
     show_tracebacks(debug)
+    limit_spinning()
 
 
 for _name, _command in COMMANDS.items():

@@ -17,6 +17,10 @@ T = TypeVar("T")
 CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 
+_SPINS = "10000"
+"""How often a thread of torch's looks whether there is more to do before it sleeps: enough for the next layer of a
+network that torch runs, and no more."""
+
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity mask, cut by the container's CPU quota, at least 1."""
@@ -92,6 +96,16 @@ class ThreadBudget:
         # What is wrong with an image is said to its sender, not on stderr.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         torch.set_num_threads(self.runtime_threads)
+
+
+def limit_spinning() -> None:
+    """Have torch's threads sleep soon after they were needed. Takes effect before torch is imported, and only then.
+
+    Their OpenMP (GNU's) otherwise looks for work for milliseconds, after each softmax of a batch, on cores that decoders
+    and OpenVINO have use for. Whoever sets ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` decides.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def be_nicer(nice: int) -> None:
