@@ -101,8 +101,8 @@ class ThreadBudget:
 def limit_spinning() -> None:
     """Have torch's threads sleep soon after they were needed. Takes effect before torch is imported, and only then.
 
-    Their OpenMP (GNU's) otherwise looks for work for milliseconds, after each softmax of a batch, on cores that decoders
-    and OpenVINO have use for. Whoever sets ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` decides.
+    Their OpenMP (GNU's) otherwise looks for work for milliseconds after each softmax of a batch, on cores that the
+    decoders and OpenVINO have use for. Whoever sets ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` decides.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
