@@ -88,7 +88,7 @@ class ServerSettings(BaseSettings):
     decode_workers: Annotated[int, Field(ge=0)] = 0
     runtime_threads: Annotated[int, Field(ge=0)] = 0
     forward_passes: Annotated[int, Field(ge=0)] = 0
-    compute_nice: Annotated[int, Field(ge=0, le=19)] = 5
+    compute_nice: Annotated[int, Field(ge=0, le=19)] = 10
     grpc_experiments: str = "-event_engine_listener"
     max_image_bytes: Count = 32 * MIB
     max_image_pixels: Count = 50_000_000
