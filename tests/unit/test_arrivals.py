@@ -35,6 +35,13 @@ async def waiting(arrivals, futures):
     return tasks
 
 
+def finish(futures, results):
+    """As a batch's answers are handed over."""
+    with together():
+        for future, result in zip(futures, results, strict=True):
+            future.set_result(result)
+
+
 def in_a_thread(action):
     thread = threading.Thread(target=action)
     thread.start()
@@ -42,15 +49,10 @@ def in_a_thread(action):
 
 
 def test_what_is_done_together_wakes_the_loop_once_and_each_gets_its_own():
-    def finish(futures):
-        with together():
-            for number, future in enumerate(futures):
-                future.set_result(number)
-
     async def main(loop):
         arrivals, futures = Arrivals(), [Future() for _ in range(20)]
         tasks = await waiting(arrivals, futures)
-        thread = in_a_thread(lambda: finish(futures))
+        thread = in_a_thread(lambda: finish(futures, range(20)))
         results = await asyncio.wait_for(asyncio.gather(*tasks), 10)
         thread.join()
         return results, loop.woken
@@ -102,6 +104,24 @@ def test_an_error_is_raised_and_kept_by_nothing():
         gc.enable()
 
 
+def test_a_shared_error_does_not_collect_the_frames_of_all_its_callers():
+    def frames(error):
+        traceback, count = error.__traceback__, 0
+        while traceback is not None:
+            traceback, count = traceback.tb_next, count + 1
+        return count
+
+    async def main(_):
+        error, futures = KeyError("shared"), [Future() for _ in range(10)]
+        tasks = await waiting(Arrivals(), futures)
+        for future in futures:
+            future.set_exception(error)
+        answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        return answers == [error] * 10, frames(error)
+
+    assert run(main) == (True, 1)
+
+
 def test_a_cancelled_coroutine_cancels_its_future_and_no_other():
     async def main(_):
         arrivals, futures = Arrivals(), [Future() for _ in range(2)]
@@ -123,7 +143,7 @@ def test_a_result_that_comes_after_its_coroutine_was_cancelled_is_nobodys():
         tasks[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
-        in_a_thread(lambda: [future.set_result(9) for future in futures]).join()
+        in_a_thread(lambda: finish(futures, [9, 9])).join()
         return await asyncio.wait_for(tasks[1], 10)
 
     assert run(main) == 9
@@ -140,7 +160,7 @@ def test_a_future_that_someone_else_cancels_cancels_its_coroutine():
     run(main)
 
 
-def test_a_result_after_the_loop_was_closed_is_nobodys():
+def test_a_result_after_the_loop_was_closed_is_nobodys(caplog):
     future = Future()
 
     async def main(_):
@@ -150,4 +170,5 @@ def test_a_result_after_the_loop_was_closed_is_nobodys():
 
     future.set_running_or_notify_cancel()
     run(main)
-    future.set_result(1)  # logs nothing, raises nothing
+    finish([future], [1])  # raises nothing
+    assert caplog.records == []

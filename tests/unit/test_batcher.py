@@ -643,6 +643,20 @@ def test_a_second_batch_waits_to_be_full_while_jobs_are_coming_and_no_longer():
         assert [future.result(5).value for future in futures] == [8, 10]
 
 
+def test_a_second_batch_does_not_wait_for_jobs_that_will_not_come_after_all():
+    with Beside(max_batch_size=3) as made:
+        made.hold()
+        made.coming = 6
+        futures = [made.batcher.submit(0)]
+        made.begun(1)
+        futures += [made.batcher.submit(x) for x in (1, 2)]
+        made.coming = 0
+        made.batcher.reconsider()
+        assert made.begun(2) == [[], [[0], [1, 2]]]
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [0, 2, 4]
+
+
 def test_a_second_batch_that_waits_goes_on_when_the_first_one_ends():
     with Beside(max_batch_size=3) as made:
         made.hold()

@@ -139,6 +139,11 @@ class Batcher(Generic[T, R]):
             self._queue.limits = limits
             self._work.notify()
 
+    def reconsider(self) -> None:
+        """Look again whether a batch is due: fewer jobs are coming than were."""
+        with self._lock:
+            self._notify_if_due()
+
     def check_room(self, coming: int = 0) -> None:
         """Refuse early what the queue would refuse later, before work goes into it.
 
@@ -180,8 +185,7 @@ class Batcher(Generic[T, R]):
             if job.deadline_s is not None and job.deadline_s < self._next_expiry_s:
                 self._next_expiry_s = job.deadline_s
                 self._expiry.notify()
-            if self._wait_s() < FOREVER_S:  # else an executor would be woken only to wait on
-                self._work.notify()
+            self._notify_if_due()
         # By its number: a caller that keeps the future must not keep the payload with it.
         number = id(job)
         job.future.add_done_callback(lambda future: self._forget(key, number) if future.cancelled() else None)
@@ -314,6 +318,11 @@ class Batcher(Generic[T, R]):
         if self._executing > 1 or enough or not self._gate.widen():
             return self._beside[number]
         return self._execute
+
+    def _notify_if_due(self) -> None:
+        """Wake an executor, unless it would only wait on: then each job of a batch would wake one."""
+        if self._wait_s() < FOREVER_S:
+            self._work.notify()
 
     def _wait_s(self) -> float:
         """How long until a batch is due; `FOREVER_S` when nothing waits.

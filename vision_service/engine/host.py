@@ -147,6 +147,11 @@ class ModelHost:
 
     def not_coming(self) -> None:
         """A call that was let in will not `submit`: its image could not be prepared, or it was cancelled."""
+        self._not_coming()
+        if self._batcher is not None:
+            self._batcher.reconsider()  # it may have waited for this one to fill a batch
+
+    def _not_coming(self) -> None:
         with self._state_lock:
             self._coming -= 1
 
@@ -176,7 +181,7 @@ class ModelHost:
             QueueFull: the queue is full.
             DeadlineExceeded: the deadline has passed.
         """
-        self.not_coming()  # the queue counts it from here on
+        self._not_coming()  # the queue counts it from here on
         model = self._model
         if self._batcher is None or model is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")

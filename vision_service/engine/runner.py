@@ -134,7 +134,7 @@ class BatchRunner(Generic[T, R]):
             if len(jobs) > 1:
                 failure.__traceback__ = None
         else:
-            with together():  # whoever waits in another thread is woken once
+            with together():  # an event loop whose coroutines wait for them is woken once
                 for job, value in zip(jobs, values, strict=True):
                     job.future.set_result(Ride(value, executed.started_s - job.queued_s, len(executed.jobs)))
             return

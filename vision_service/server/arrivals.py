@@ -33,10 +33,14 @@ class Arrivals:
         except asyncio.CancelledError:
             future.cancel()
             raise
-        try:
+        error = future.exception()
+        if error is None:
             return future.result()
+        try:
+            # Several calls may share an error; its traceback shall not hold the frames, and images, of them all.
+            raise error.with_traceback(None)
         finally:
-            del future  # an error holds this frame, which would hold the error
+            del future, error  # the error holds this frame, which would hold the error
 
     def _arrive(self, waiter: asyncio.Future[Any], future: Future[Any]) -> None:
         """Take note of a future that is done. Called by the thread that made it so."""
