@@ -585,6 +585,14 @@ class Beside:
         for executor in (self.alone, *self.both):
             executor.gate.set()
 
+    def two_behind_one(self):
+        """A job that runs until `let_go`, two that wait while others are coming."""
+        self.hold()
+        self.coming = 6
+        futures = [self.batcher.submit(0)]
+        self.begun(1)
+        return futures + [self.batcher.submit(x) for x in (1, 2)]
+
     def batches(self):
         """Those that ran alone, and those that ran beside others."""
         return [self.alone.batches, sorted(self.both[0].batches + self.both[1].batches)]
@@ -621,11 +629,7 @@ def test_under_load_batches_run_at_one_time_and_every_caller_gets_its_own_answer
 
 def test_a_second_batch_waits_to_be_full_while_jobs_are_coming_and_no_longer():
     with Beside(max_batch_size=3) as made:
-        made.hold()
-        made.coming = 6
-        futures = [made.batcher.submit(0)]
-        made.begun(1)
-        futures += [made.batcher.submit(x) for x in (1, 2)]
+        futures = made.two_behind_one()
         time.sleep(0.05)
         assert made.batches() == [[], [[0]]]
         futures.append(made.batcher.submit(3))
@@ -645,11 +649,7 @@ def test_a_second_batch_waits_to_be_full_while_jobs_are_coming_and_no_longer():
 
 def test_a_second_batch_does_not_wait_for_jobs_that_will_not_come_after_all():
     with Beside(max_batch_size=3) as made:
-        made.hold()
-        made.coming = 6
-        futures = [made.batcher.submit(0)]
-        made.begun(1)
-        futures += [made.batcher.submit(x) for x in (1, 2)]
+        futures = made.two_behind_one()
         made.coming = 0
         made.batcher.reconsider()
         assert made.begun(2) == [[], [[0], [1, 2]]]

@@ -17,6 +17,7 @@ from tests.helpers import red_image, tiny_spec
 from vision_service.engine.build import replace_fields
 from vision_service.engine.catalog import Catalog, version_key
 from vision_service.engine.pipeline import Pipeline
+from vision_service.engine.queue import BatchLimits
 from vision_service.engine.threads import ForwardGate, in_a_nicer_thread
 from vision_service.errors import (
     ConfigError,
@@ -568,6 +569,34 @@ def test_passes_at_one_time_answer_as_one_alone_and_nobody_gets_anothers_answer(
             np.testing.assert_allclose(found.scores[0], expected.scores[0], atol=1e-4)
         assert len(sizes) > len(photos)
         assert set(sizes) <= {1, 2}
+
+
+def test_a_batch_does_not_wait_for_an_image_that_turns_out_to_be_none(samples):
+    pytest.importorskip("openvino")
+    with Pipeline(Catalog(None, Execution(2, None, 2, 1), ForwardGate(4)), decode_workers=1) as made:
+        host = made.catalog.load(find_model("mobilenet_v2"))
+        host._batcher.set_limits(BatchLimits(max_batch_size=4))
+        alone, began, go, decoder = host._model.forward, threading.Event(), threading.Event(), threading.Event()
+
+        def held(batch):
+            began.set()
+            assert go.wait(30)
+            return alone(batch)
+
+        host._model.forward = held
+        first = made.submit(samples["coffee"], **CLASSIFY)
+        assert began.wait(30)
+        made.pool.submit(decoder.wait, 30)
+        second, none = (made.submit(image, **CLASSIFY) for image in (samples["coffee"], b"no image"))
+        decoder.set()
+        with pytest.raises(InvalidImage):
+            none.result(30)
+        try:
+            assert second.result(10).timings.batch_size == 1  # beside the first, which has not ended
+            assert not first.done()
+        finally:
+            go.set()
+        assert first.result(30).prediction.class_names[0] == second.result().prediction.class_names[0]
 
 
 def test_a_model_with_an_objective_has_all_cores_for_every_pass(samples):
