@@ -53,7 +53,7 @@ class ServerSettings(BaseSettings):
         forward_passes: forward passes of one model that may run on the CPU at one time, and share the threads; 0 plans
             them from the usable cores.
         compute_nice: by how much threads that decode and compute are nicer (see ``man 2 nice``) than those that talk to
-            callers; 0: not at all.
+            callers, which have short slices besides (`vision_service.engine.slices`); 0: neither.
         grpc_experiments: what ``serve`` sets gRPC's variable ``GRPC_EXPERIMENTS`` to where nobody else has; empty:
             nothing. See docs/decisions.md.
         max_image_bytes: largest encoded or raw image, bytes.

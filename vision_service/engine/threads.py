@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from vision_service.engine.slices import usual_slices
+
 T = TypeVar("T")
 
 CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
@@ -111,10 +113,13 @@ def limit_spinning() -> None:
 def be_nicer(nice: int) -> None:
     """Let other threads have a core before the calling one, and before those that it will start.
 
+    Being nicer also means no `short_slices`, if the thread that started this one has them.
+
     Args:
         nice: added to the thread's own; 0 changes nothing. It cannot be taken back.
     """
     if nice > 0:
+        usual_slices()
         thread = threading.get_native_id()  # on Linux priorities are a thread's, not a process's
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + nice))
 

@@ -19,6 +19,7 @@ from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, resolve_specs
 from vision_service.engine.garbage import settle_garbage
+from vision_service.engine.slices import short_slices
 from vision_service.errors import ConfigError, VisionError
 from vision_service.server.calls import Calls
 from vision_service.server.servicers import ModelServicer, VisionServicer
@@ -141,6 +142,8 @@ async def serve(settings: ServerSettings, on_ready: Callable[[VisionServer], Non
     Returns:
         The exit code: 0 when every call under way was answered, else 1.
     """
+    if settings.compute_nice:
+        short_slices()  # before gRPC and the models start their threads; those that compute have usual ones
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
