@@ -471,6 +471,19 @@ def test_close_answers_what_is_under_way(pipeline):
         made.submit(red_image(1), **CLASSIFY)
 
 
+def test_a_call_that_close_has_stopped_waiting_for_is_told_so(pipeline, gate):
+    gate.touch()  # for the warm-up
+    made = pipeline(tiny_spec(options={"gate": str(gate)}))
+    gate.unlink()
+    late = made.submit(red_image(1), finish=lambda result: result, **CLASSIFY)
+    while not SEEN[1]:
+        time.sleep(0.005)
+    assert not made.close(0.05)
+    gate.touch()
+    with pytest.raises(ModelUnavailable, match="stopped before this call was answered"):
+        late.result(5)
+
+
 def test_any_size_models_batch_by_shape(pipeline):
     spec = tiny_spec(
         name="any", task="translate", backend="tiny_translate", classes=(), preprocess={"resize": {"mode": "native"}}

@@ -286,18 +286,21 @@ class ModelHost:
 
     def _forward(self, batch: Sequence[Prepared]) -> Outcome:
         """The first stage of a batch, alone."""
-        assert self._model is not None, "set by load()"
-        return self._model.forward(batch)
+        return self._loaded().forward(batch)
 
     def _forward_beside(self, number: int, batch: Sequence[Prepared]) -> Outcome:
         """The first stage of a batch, beside others."""
-        assert self._model is not None, "set by load()"
-        return self._model.forwards_beside[number](batch)
+        return self._loaded().forwards_beside[number](batch)
+
+    def _loaded(self) -> LoadedModel:
+        model = self._model
+        if model is None:  # a close() did not wait for this batch any longer
+            raise ModelUnavailable(f"model {self.label} was stopped before this call was answered; call again")
+        return model
 
     def _answers(self, batch: Sequence[Prepared], outcome: Outcome, start: int) -> list[Answer]:
         """The second stage of a batch, and what is learnt of it."""
-        assert self._model is not None, "set by load()"
-        answers = self._model.answers(batch, outcome, start)
+        answers = self._loaded().answers(batch, outcome, start)
         took_ms = answers[0].forward_ms + answers[0].postprocess_ms
         if self._tuner is not None and self._batcher is not None and self._tuner.observe(len(batch), took_ms):
             self._batcher.set_limits(self._tuner.choice.limits)

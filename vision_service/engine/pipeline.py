@@ -275,8 +275,11 @@ class Pipeline:
         result = call.outcome(ride.result())
         if call.finish is None or not call.finish_needed(result):
             call.succeed(result)
-        else:
+            return
+        try:
             self._finishers.submit(self._finish, call, result)
+        except RuntimeError:  # shut down by a close() that did not wait for this batch any longer
+            call.fail(ModelUnavailable("the service stopped before the answer was written; call again in a moment"))
 
     def _finish(self, call: Call, result: Result[Any]) -> None:
         """The last work on a result, unless nobody waits for it any more."""
