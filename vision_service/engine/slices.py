@@ -17,8 +17,8 @@ _NUMBERS = {"x86_64": (314, 315), "aarch64": (274, 275)}
 has by name."""
 
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")
-"""``struct sched_attr`` of sched_setattr(2), first version: its size, policy, flags, nice, priority, runtime, deadline and
-period. The runtime of an ordinary thread is its slice, nanoseconds."""
+"""``struct sched_attr`` of sched_setattr(2), first version: its size, policy, flags, nice, priority, runtime, deadline
+and period. The runtime of an ordinary thread is its slice, nanoseconds."""
 
 
 def short_slices() -> bool:
