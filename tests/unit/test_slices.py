@@ -1,5 +1,6 @@
 """The kernel's slices of threads, read back from the kernel: there is nothing else that could know them."""
 
+import os
 import threading
 
 import pytest
@@ -52,5 +53,10 @@ def test_threads_that_a_thread_starts_have_its_slices_unless_they_are_nicer():
     assert not_nicer == SHORT_US
 
 
-def test_it_says_whether_the_system_took_note():
-    assert in_a_thread(short_slices) is (in_a_thread(slice_us) is not None)
+@needs_slices
+def test_a_thread_that_somebody_has_scheduled_otherwise_is_left_alone():
+    def run():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        return short_slices(), os.sched_getscheduler(0)
+
+    assert in_a_thread(run) == (False, os.SCHED_IDLE)
