@@ -9,9 +9,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from tests.helpers import PLUGINS, red_image, tiny_manifest
+from vision_service.api.v1 import vision_pb2 as pb
+from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.client import VisionClient
 from vision_service.errors import (
     DeadlineExceeded,
@@ -119,3 +122,13 @@ def test_a_deadline_that_passes_frees_the_place_in_the_queue(client, gate):
         finally:
             gate.touch()
         assert (running.result(), last.result()) == ("red 1", "red 5")
+
+
+def test_there_are_no_streams(port):
+    """Serve's proxy cannot pass them on; a client that asks for one makes calls instead."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        answers = pb_grpc.VisionServiceStub(channel).Predict(iter([pb.PredictRequest(id=1)]), timeout=30)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "make a call for each image" in caught.value.details()

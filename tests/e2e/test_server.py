@@ -171,7 +171,13 @@ def test_reflection_lists_services_and_their_methods(channel):
     }
     file = database.FindFileContainingSymbol("vision.v1.VisionService")
     service = next(service for service in file.service if service.name == "VisionService")
-    assert [method.name for method in service.method] == ["Classify", "Detect", "Segment", "Translate"]
+    assert [method.name for method in service.method] == [
+        "Classify",
+        "Detect",
+        "Segment",
+        "Translate",
+        "Predict",
+    ]
     assert any(message.name == "DetectRequest" for message in file.message_type)
 
 

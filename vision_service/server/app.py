@@ -21,8 +21,10 @@ from vision_service.engine.build import build_pipeline, resolve_specs
 from vision_service.engine.garbage import settle_garbage
 from vision_service.engine.slices import short_slices
 from vision_service.errors import ConfigError, VisionError
+from vision_service.server.access import AccessLog
 from vision_service.server.calls import Calls
 from vision_service.server.servicers import ModelServicer, VisionServicer
+from vision_service.server.streams import PredictStreams
 from vision_service.types import Task
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,9 @@ class VisionServer:
         self._specs = resolve_specs(settings)
         self.pipeline = build_pipeline(settings, self._specs)
         self._health = aio_health.HealthServicer()
-        self._calls = Calls(self.pipeline.check_room)
+        self._access = AccessLog()
+        self._calls = Calls(self.pipeline.check_room, self._access)
+        self._streams: PredictStreams | None = None
         self._server: Any = None
         self.port = 0
 
@@ -78,7 +82,8 @@ class VisionServer:
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
         ]
         self._server = grpc.aio.server(options=options)
-        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline), self._calls)
+        self._streams = PredictStreams(self.pipeline, self._access)
+        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline, self._streams), self._calls)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
         self._server.add_generic_rpc_handlers((self._calls,))
@@ -117,6 +122,8 @@ class VisionServer:
         if self._server is None:
             return True
         await self._health.enter_graceful_shutdown()
+        if self._streams is not None:
+            self._streams.stop()
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.settings.drain_timeout_s
         stopping = asyncio.ensure_future(self._server.stop(self.settings.drain_timeout_s))  # refuses new calls at once
@@ -127,7 +134,7 @@ class VisionServer:
         # Streams (health watches, reflection) have no end of their own and nothing to answer.
         await self._server.stop(STREAM_GRACE_S if in_time else None)
         await stopping
-        self._calls.log_rest()
+        self._access.write_rest()
         left_s = max(1.0, until_s - loop.time())
         return await loop.run_in_executor(None, self.pipeline.close, left_s) and in_time
 

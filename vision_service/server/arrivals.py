@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -20,14 +21,12 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
+        self._arrived: deque[Callable[[], None]] = deque()
 
     async def wait_for(self, future: Future[Any]) -> Any:
         """The future's result; raises its exception. When the waiting coroutine is cancelled, so is the future."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Any] = self._loop.create_future()
-        future.add_done_callback(partial(self._arrive, waiter))
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.tell(future, partial(_release, waiter, future))
         try:
             await waiter
         except asyncio.CancelledError:
@@ -42,23 +41,33 @@ class Arrivals:
         finally:
             del future, error  # the error holds this frame, which would hold the error
 
-    def _arrive(self, waiter: asyncio.Future[Any], future: Future[Any]) -> None:
+    def tell(self, future: Future[Any], then: Callable[[], None]) -> None:
+        """Have something called on the event loop when a future is done or cancelled."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        future.add_done_callback(partial(self._arrive, then))
+
+    def _arrive(self, then: Callable[[], None], _: Future[Any]) -> None:
         """Take note of a future that is done. Called by the thread that made it so."""
-        self._arrived.append((waiter, future))
-        once_at_end(self._tell)
+        self._arrived.append(then)
+        once_at_end(self._wake_loop)
 
-    def _tell(self) -> None:
-        assert self._loop is not None, "set by wait_for()"
+    def _wake_loop(self) -> None:
+        assert self._loop is not None, "set by tell()"
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._wake)
+            self._loop.call_soon_threadsafe(self._go_on)
 
-    def _wake(self) -> None:
-        """Let the coroutines go on whose futures are done."""
+    def _go_on(self) -> None:
+        """Call what waits for the futures that are done."""
         while self._arrived:
-            waiter, future = self._arrived.popleft()
-            if waiter.done():  # its call is over
-                continue
-            if future.cancelled():
-                waiter.cancel()
-            else:
-                waiter.set_result(None)
+            self._arrived.popleft()()
+
+
+def _release(waiter: asyncio.Future[Any], future: Future[Any]) -> None:
+    """Let a coroutine go on."""
+    if waiter.done():  # its call is over
+        return
+    if future.cancelled():
+        waiter.cancel()
+    else:
+        waiter.set_result(None)

@@ -6,32 +6,30 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
 from typing import Any
 
 import grpc
 
-from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import QueueFull, VisionError
-from vision_service.server.metadata import MAX_MESSAGE, REQUEST_ID, request_id_of, trailing_of
-from vision_service.server.refusals import Refusals
+from vision_service.server.access import AccessLog
+from vision_service.server.metadata import MAX_MESSAGE, PREDICT, REQUEST_ID, method_of, request_id_of, trailing_of
+from vision_service.server.refusals import refusing
 from vision_service.types import Task
 
 logger = logging.getLogger("vision_service.access")
 
-TASK_OF_METHOD = {
-    f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/{task.value.capitalize()}": task for task in Task
-}
+TASK_OF_METHOD = {method_of(task): task for task in Task}
 
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 """Of a servicer: request and context in, reply out."""
 
 
 class Calls(grpc.GenericRpcHandler):
-    """Every method of the server. Gives each unary call an id, logs it, and turns its errors into statuses.
+    """Every method of the server. Gives each call an id, logs it, and turns its errors into statuses.
 
     A `VisionError` becomes its own status with its own message. Anything else becomes INTERNAL with no more than the
-    request id; its text goes to the log. Streams (reflection, health watches) pass as they are.
+    request id; its text goes to the log. Other streams than those of Predict (reflection, health watches) pass as they
+    are.
 
     This is what gRPC calls an interceptor, except that methods are wrapped once and not at each call, and that a call
     can be refused as soon as its headers are there. Servicers are added to it by their generated functions as to a
@@ -40,11 +38,12 @@ class Calls(grpc.GenericRpcHandler):
     Args:
         check_room: raises `QueueFull` where no call of a task would be let in. Such a call is refused before its
             message is read.
+        access: where each call has its line.
     """
 
-    def __init__(self, check_room: Callable[[Task], None]) -> None:
+    def __init__(self, check_room: Callable[[Task], None], access: AccessLog) -> None:
         self._check_room = check_room
-        self._refusals = Refusals()
+        self._access = access
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._active = 0
@@ -64,7 +63,7 @@ class Calls(grpc.GenericRpcHandler):
         refusal = self._refusal(method)
         if refusal is not None:
             # As a handler of a stream of requests, which gRPC calls before it has read any. On the wire both are one.
-            return grpc.stream_unary_rpc_method_handler(self._refusals.handler(refusal, method))
+            return grpc.stream_unary_rpc_method_handler(refusing(refusal, method, self._access))
         known = self._wrapped.get(method)
         if known is not None:
             return known
@@ -76,14 +75,14 @@ class Calls(grpc.GenericRpcHandler):
         return None
 
     async def wait_idle(self) -> None:
-        """Wait until no unary call is under way."""
+        """Wait until no call and no stream of Predict is under way."""
         await self._idle.wait()
 
-    def log_rest(self) -> None:
-        """Write to the log what was kept back for a line about several calls."""
-        self._refusals.log_rest()
-
     def _wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        if method == PREDICT:  # its answers are serialised when they are done
+            return grpc.stream_stream_rpc_method_handler(
+                self._counted(handler.stream_stream, method), request_deserializer=handler.request_deserializer
+            )
         if handler.unary_unary is None:
             return handler
         return grpc.unary_unary_rpc_method_handler(
@@ -110,7 +109,7 @@ class Calls(grpc.GenericRpcHandler):
             self._active += 1
             self._idle.clear()
             try:
-                return await observed(inner, request, context, method)
+                return await observed(inner, request, context, method, self._access)
             finally:
                 self._active -= 1
                 if self._active == 0:
@@ -132,7 +131,9 @@ async def _abort(
         raise asyncio.CancelledError from None
 
 
-async def observed(inner: Method, request: Any, context: grpc.aio.ServicerContext, method: str) -> Any:
+async def observed(
+    inner: Method, request: Any, context: grpc.aio.ServicerContext, method: str, access: AccessLog
+) -> Any:
     """Run a servicer's method: with a request id, its line in the log, and its errors as statuses.
 
     Args:
@@ -140,6 +141,7 @@ async def observed(inner: Method, request: Any, context: grpc.aio.ServicerContex
         request: its request.
         context: gRPC's, or what stands for it where a proxy has taken the call.
         method: its name, for the log.
+        access: the log.
 
     Raises:
         grpc.aio.AbortError: the call was ended with a status.
@@ -167,12 +169,4 @@ async def observed(inner: Method, request: Any, context: grpc.aio.ServicerContex
         message = f"internal error; the server's log has it as {request_id}"
         await _abort(context, grpc.StatusCode.INTERNAL, message, ((REQUEST_ID, request_id),))
     finally:
-        about = {
-            "method": method,
-            "status": status,
-            "request_id": request_id,
-            "peer": context.peer(),
-            "duration_ms": round(1000 * (time.perf_counter() - started_s), 2),
-        }
-        # Not before the answer is on its way: a line in the log takes 0.15 ms.
-        asyncio.get_running_loop().call_soon(partial(logger.info, "%s %s", method, status, extra=about))
+        access.note(method, status, request_id, context.peer(), started_s)

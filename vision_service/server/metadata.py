@@ -7,11 +7,17 @@ import re
 import secrets
 from typing import Any
 
+from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.errors import QueueFull, VisionError
 
 REQUEST_ID = "x-request-id"
 RETRY_AFTER = "grpc-retry-pushback-ms"
 """gRPC's own name for "come back then" (gRFC A6); its built-in retries obey it too."""
+
+_SERVICE = f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}"
+
+PREDICT = f"{_SERVICE}/Predict"
+"""Full name of the method that takes streams."""
 
 MAX_MESSAGE = 4000
 """Longest message of an error, characters: gRPC carries it in a header, whose size has a hard limit."""
@@ -34,5 +40,15 @@ def request_id_of(metadata: Any) -> str:
 def trailing_of(error: VisionError, request_id: str) -> tuple[tuple[str, str], ...]:
     """What goes with an error."""
     if isinstance(error, QueueFull):
-        return (REQUEST_ID, request_id), (RETRY_AFTER, str(max(1, round(1000 * error.retry_after_s))))
+        return (REQUEST_ID, request_id), (RETRY_AFTER, str(retry_after_ms(error)))
     return ((REQUEST_ID, request_id),)
+
+
+def retry_after_ms(error: QueueFull) -> int:
+    """When to come back, milliseconds from now, at least 1."""
+    return max(1, round(1000 * error.retry_after_s))
+
+
+def method_of(task: str) -> str:
+    """Full name of the method for a task."""
+    return f"{_SERVICE}/{task.capitalize()}"

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -24,9 +24,10 @@ from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import build_pipeline, pull_missing, resolve_specs
 from vision_service.engine.garbage import settle_garbage
 from vision_service.errors import ConfigError, InvalidInput
+from vision_service.server.access import AccessLog
 from vision_service.server.calls import observed
 from vision_service.server.logs import set_up_logs
-from vision_service.server.servicers import ModelServicer, VisionServicer
+from vision_service.server.servicers import NO_STREAMS, ModelServicer, VisionServicer
 from vision_service.types import Task
 
 logger = logging.getLogger(__name__)
@@ -99,36 +100,44 @@ class VisionReplica:
         for spec in specs:
             self._pipeline.catalog.load(spec)
         settle_garbage()
+        self._access = AccessLog()
         self._vision = VisionServicer(self._pipeline)
         self._models = ModelServicer(self._pipeline)
 
     async def Classify(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("Classify", self._vision.Classify, request, grpc_context)
+        return await _answer("Classify", self._vision.Classify, request, grpc_context, self._access)
 
     async def Detect(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("Detect", self._vision.Detect, request, grpc_context)
+        return await _answer("Detect", self._vision.Detect, request, grpc_context, self._access)
 
     async def Segment(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("Segment", self._vision.Segment, request, grpc_context)
+        return await _answer("Segment", self._vision.Segment, request, grpc_context, self._access)
 
     async def Translate(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("Translate", self._vision.Translate, request, grpc_context)
+        return await _answer("Translate", self._vision.Translate, request, grpc_context, self._access)
+
+    async def Predict(self, requests: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Not here: a proxy spreads calls over replicas, and a stream would stay with one. Clients make calls then."""
+        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        grpc_context.set_details(NO_STREAMS)
+        raise NotImplementedError(NO_STREAMS)  # Serve keeps the code of a call that raises
+        yield  # so that this is a generator, as Serve wants methods of streams to be
 
     async def ListModels(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("ListModels", self._models.ListModels, request, grpc_context)
+        return await _answer("ListModels", self._models.ListModels, request, grpc_context, self._access)
 
     async def GetModel(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """See the API."""
-        return await _answer("GetModel", self._models.GetModel, request, grpc_context)
+        return await _answer("GetModel", self._models.GetModel, request, grpc_context, self._access)
 
     async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         """The standard health protocol, answered by a replica: whoever gets an answer can have calls answered."""
-        return await _answer("Check", self._check, request, grpc_context)
+        return await _answer("Check", self._check, request, grpc_context, self._access)
 
     async def _check(self, request: Any, context: Any) -> Any:
         if request.service in set(Task):
@@ -181,14 +190,14 @@ class _Context:
         raise grpc.aio.AbortError(details)
 
 
-async def _answer(name: str, servicer: Callable[[Any, Any], Any], request: Any, sent: Any) -> Any:
+async def _answer(name: str, servicer: Callable[[Any, Any], Any], request: Any, sent: Any, access: AccessLog) -> Any:
     """Run a servicer's method as the server's interceptor does.
 
     What was aborted ends with an empty reply, which the proxy does not send: an exception would lose the trailing
     metadata on its way there, and with it the request id and when to come back.
     """
     try:
-        return await observed(servicer, request, _Context(sent), name)
+        return await observed(servicer, request, _Context(sent), name, access)
     except grpc.aio.AbortError:
         return _EMPTY_REPLIES[name]()
 

@@ -314,6 +314,58 @@ class TranslateResponse(_message.Message):
     info: ResponseInfo
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., info: _Optional[_Union[ResponseInfo, _Mapping]] = ...) -> None: ...
 
+class PredictRequest(_message.Message):
+    __slots__ = ("id", "classify", "detect", "segment", "translate", "cancel", "timeout_ms")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CLASSIFY_FIELD_NUMBER: _ClassVar[int]
+    DETECT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    TRANSLATE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    classify: ClassifyRequest
+    detect: DetectRequest
+    segment: SegmentRequest
+    translate: TranslateRequest
+    cancel: bool
+    timeout_ms: int
+    def __init__(self, id: _Optional[int] = ..., classify: _Optional[_Union[ClassifyRequest, _Mapping]] = ..., detect: _Optional[_Union[DetectRequest, _Mapping]] = ..., segment: _Optional[_Union[SegmentRequest, _Mapping]] = ..., translate: _Optional[_Union[TranslateRequest, _Mapping]] = ..., cancel: bool = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class PredictResponse(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[PredictAnswer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[PredictAnswer, _Mapping]]] = ...) -> None: ...
+
+class PredictAnswer(_message.Message):
+    __slots__ = ("id", "request_id", "classify", "detect", "segment", "translate", "failure")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CLASSIFY_FIELD_NUMBER: _ClassVar[int]
+    DETECT_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    TRANSLATE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request_id: str
+    classify: ClassifyResponse
+    detect: DetectResponse
+    segment: SegmentResponse
+    translate: TranslateResponse
+    failure: PredictFailure
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., classify: _Optional[_Union[ClassifyResponse, _Mapping]] = ..., detect: _Optional[_Union[DetectResponse, _Mapping]] = ..., segment: _Optional[_Union[SegmentResponse, _Mapping]] = ..., translate: _Optional[_Union[TranslateResponse, _Mapping]] = ..., failure: _Optional[_Union[PredictFailure, _Mapping]] = ...) -> None: ...
+
+class PredictFailure(_message.Message):
+    __slots__ = ("code", "message", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
 class Model(_message.Message):
     __slots__ = ("name", "version", "task", "state", "state_reason", "is_default", "backend", "device", "runtime", "precision", "licence", "source", "class_names", "preprocess_json", "max_batch_size", "max_queued_jobs", "queued_jobs", "runtime_reason", "latency_curve", "max_delay_ms", "target_p99_ms", "answer_within_ms", "max_wait_ms")
     NAME_FIELD_NUMBER: _ClassVar[int]

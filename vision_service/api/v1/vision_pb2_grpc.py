@@ -56,6 +56,11 @@ class VisionServiceStub(object):
                 request_serializer=vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.Predict = channel.stream_stream(
+                '/vision.v1.VisionService/Predict',
+                request_serializer=vision__service_dot_api_dot_v1_dot_vision__pb2.PredictRequest.SerializeToString,
+                response_deserializer=vision__service_dot_api_dot_v1_dot_vision__pb2.PredictResponse.FromString,
+                _registered_method=True)
 
 
 class VisionServiceServicer(object):
@@ -91,6 +96,17 @@ class VisionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Predict(self, request_iterator, context):
+        """Any of these, many on one stream, as many at one time as the caller likes: for feeds of frames and for whoever has
+        much to send, since a request on a stream costs both sides less than a call. Each is answered by itself, with its
+        result or its failure, as soon as it is done, whatever the order in which they came. The stream ends with OK when the caller has
+        ended its side and everything is answered, and with UNAVAILABLE when the server stops: what is unanswered then was
+        not done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VisionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +129,11 @@ def add_VisionServiceServicer_to_server(servicer, server):
                     servicer.Translate,
                     request_deserializer=vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateRequest.FromString,
                     response_serializer=vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateResponse.SerializeToString,
+            ),
+            'Predict': grpc.stream_stream_rpc_method_handler(
+                    servicer.Predict,
+                    request_deserializer=vision__service_dot_api_dot_v1_dot_vision__pb2.PredictRequest.FromString,
+                    response_serializer=vision__service_dot_api_dot_v1_dot_vision__pb2.PredictResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +246,33 @@ class VisionService(object):
             '/vision.v1.VisionService/Translate',
             vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateRequest.SerializeToString,
             vision__service_dot_api_dot_v1_dot_vision__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predict(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vision.v1.VisionService/Predict',
+            vision__service_dot_api_dot_v1_dot_vision__pb2.PredictRequest.SerializeToString,
+            vision__service_dot_api_dot_v1_dot_vision__pb2.PredictResponse.FromString,
             options,
             channel_credentials,
             insecure,
