@@ -31,6 +31,7 @@ SYSTEMS = {
 }
 ROWS = {"eager:fp32": "eager torch", "openvino:fp32": "OpenVINO fp32", "openvino:bf16": "OpenVINO bf16"}
 PEERS = ("mosec", "litserve", "ray")
+_ON_A_STREAM = ", on a stream"
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,12 @@ def _load(path: Path) -> dict | None:
 def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
     for model in models:
         name = f"{NAMES.get(model.model, model.model)} {model.runtime} {model.precision}"
-        if model.served_over_pipeline is not None:
-            alone = model.served_over_pipeline_without_generator
-            note = f"{alone.median:.3f} if the load generator ran elsewhere" if alone else ""
-            yield _at_least(f"{name}: served / pipeline >= 0.95", model.served_over_pipeline, 0.95, note)
+        for how, ratio, alone in (
+            ("", model.served_over_pipeline, model.served_over_pipeline_without_generator),
+            (_ON_A_STREAM, model.streamed_over_pipeline, model.streamed_over_pipeline_without_generator),
+        ):
+            if ratio is not None:
+                yield _at_least(f"{name}{how}: served / pipeline >= 0.95", ratio, 0.95, _elsewhere(alone))
         if model.pipeline_over_allowed is not None:
             yield _at_least(
                 f"{name}: pipeline / what the stages' CPU time allows >= 0.95", model.pipeline_over_allowed, 0.95
@@ -108,16 +111,27 @@ def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
             more = model.single_served_ms.p50 - model.single_pipeline_ms.p50
             note = f"{model.single_served_ms.p50:.1f} ms and {model.single_pipeline_ms.p50:.1f} ms"
             yield Verdict(f"{name}: one call at a time, p50 <= in process + 2 ms", f"+{more:.1f} ms", more <= 2, note)
-        if model.overload is not None:
-            yield from _overload_verdicts(name, model, model.overload)
+        for how, overload, ratio, alone in (
+            ("", model.overload, model.goodput_over_capacity, model.goodput_over_capacity_without_generator),
+            (
+                _ON_A_STREAM,
+                model.streamed_overload,
+                model.streamed_goodput_over_capacity,
+                model.streamed_goodput_over_capacity_without_generator,
+            ),
+        ):
+            if overload is not None:
+                at = f"{name}{how}: {model.overload_offered:g} x capacity"
+                if ratio is not None:
+                    yield _at_least(f"{at}: goodput / capacity >= 0.9", ratio, 0.9, _elsewhere(alone))
+                yield from _overload_verdicts(at, overload, model.queue_bound_ms)
 
 
-def _overload_verdicts(name: str, model: ModelReport, overload: Flow) -> Iterator[Verdict]:
-    at = f"{name}: {model.overload_offered:g} x capacity"
-    if model.goodput_over_capacity is not None:
-        alone = model.goodput_over_capacity_without_generator
-        note = f"{alone.median:.3f} if the load generator ran elsewhere" if alone else ""
-        yield _at_least(f"{at}: goodput / capacity >= 0.9", model.goodput_over_capacity, 0.9, note)
+def _elsewhere(ratio: Spread | None) -> str:
+    return f"{ratio.median:.3f} if the load generator ran elsewhere" if ratio else ""
+
+
+def _overload_verdicts(at: str, overload: Flow, queue_bound_ms: float | None) -> Iterator[Verdict]:
     refused = overload.failed_latency_ms.get("RESOURCE_EXHAUSTED")
     others = {status: count for status, count in overload.failed.items() if status != "RESOURCE_EXHAUSTED"}
     yield Verdict(
@@ -126,12 +140,12 @@ def _overload_verdicts(name: str, model: ModelReport, overload: Flow) -> Iterato
         bool(refused and refused.p99 <= 50 and not others),
         f"others: {others}" if others else (f"p50 {refused.p50:.1f} ms" if refused else ""),
     )
-    if overload.latency_ms is not None and model.queue_bound_ms is not None:
+    if overload.latency_ms is not None and queue_bound_ms is not None:
         yield Verdict(
             f"{at}: p99 of the accepted within the queue's bound",
             f"{overload.latency_ms.p99:.0f} ms",
-            overload.latency_ms.p99 <= model.queue_bound_ms,
-            f"bound {model.queue_bound_ms:.0f} ms",
+            overload.latency_ms.p99 <= queue_bound_ms,
+            f"bound {queue_bound_ms:.0f} ms",
         )
 
 
@@ -197,9 +211,16 @@ def _machine(reports: Sequence[Report]) -> str:
 
 
 def _models_table(models: Iterable[ModelReport]) -> str:
-    head = ("model", "network alone", "stages allow", "pipeline", "served", "p50 / p95 / p99 ms", "one at a time, p50")
+    head = ("model", "network alone", "stages allow", "pipeline", "served, a call each", "p50 / p95 / p99 ms")
     return _table(
-        (*head, "peak MiB, in process / server", "generator's share of the cores"),
+        (
+            *head,
+            "on a stream",
+            "p50 / p95 / p99 ms",
+            "one at a time, p50",
+            "peak MiB, in process / server",
+            "generator's share of the cores",
+        ),
         [
             (
                 f"{NAMES.get(model.model, model.model)} {model.runtime} {model.precision}",
@@ -208,6 +229,8 @@ def _models_table(models: Iterable[ModelReport]) -> str:
                 _speed(model.pipeline and model.pipeline.images_per_s),
                 _speed(model.served and model.served.images_per_s),
                 _late(model.served.latency_ms) if model.served else "",
+                _speed(model.streamed and model.streamed.images_per_s),
+                _late(model.streamed.latency_ms) if model.streamed else "",
                 " / ".join(
                     f"{late.p50:.1f}" for late in (model.single_pipeline_ms, model.single_served_ms) if late is not None
                 ),

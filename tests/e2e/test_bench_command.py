@@ -9,15 +9,18 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
+from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import Load, generate
 from vision_service.bench.report import Report
+from vision_service.bench.stream import StreamConnection
 from vision_service.cli import app
 from vision_service.client import codec
 from vision_service.config.settings import ServerSettings
 from vision_service.errors import ModelUnavailable
 
 CLASSIFY = "/vision.v1.VisionService/Classify"
+PREDICT = "/vision.v1.VisionService/Predict"
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +69,20 @@ def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_pat
     assert (model.model, model.task, model.runtime, model.precision) == ("tiny", "classify", "torch", "bf16")
     assert list(model.network_images_per_s) == [1, 2, 3]  # as the config says
     assert set(model.stages_cpu_ms) == {"decode", "preprocess", "forward", "postprocess", "pipeline_rest", "server"}
-    for flow in (model.pipeline, model.served):
+    for flow in (model.pipeline, model.served, model.streamed):
         assert flow.images_per_s.median > 0
         assert max(flow.batches) <= 3
         assert flow.peak_mb > 10
         assert not flow.failed
     assert model.served.generator_cpu_ms > 0
     assert 0 < model.served_over_pipeline.median < model.served_over_pipeline_without_generator.median
+    assert 0 < model.streamed_over_pipeline.median < model.streamed_over_pipeline_without_generator.median
     assert model.pipeline_over_network.median > 0
     assert model.single_pipeline_ms.p50 <= model.single_pipeline_ms.p99
     assert model.single_served_ms.p50 > 0
     assert report.plan["images"] == 5
     assert "served, 4 in flight" in result.stdout
+    assert "on a stream, 4 in flight" in result.stdout
 
 
 def test_a_server_that_runs_already(bench, address):
@@ -94,6 +99,10 @@ def test_a_server_that_runs_already(bench, address):
 def test_only_what_was_asked_for(bench, address, manifest):
     result, report = bench("--address", address, "--model", "tiny", "--measure", "single")
     assert result.exit_code == 0, result.output
+    assert report.models[0].served is report.models[0].streamed is None
+    result, report = bench("--address", address, "--model", "tiny", "--measure", "streamed")
+    assert result.exit_code == 0, result.output
+    assert report.models[0].streamed.images_per_s.median > 0
     assert report.models[0].served is None
     result, report = bench("--model", "tiny", "--manifest", manifest, "--measure", "network", "--batch-size", 5)
     assert result.exit_code == 0, result.output
@@ -112,7 +121,18 @@ def test_open_loops(bench, address):
     assert model.overload.failed_latency_ms["RESOURCE_EXHAUSTED"].p50 > 0
     assert model.queue_bound_ms > 0
     assert model.goodput_over_capacity.median > 0
+    assert model.streamed_overload is None  # it was not asked for
     assert "RESOURCE_EXHAUSTED" in result.stdout
+
+
+def test_overload_on_a_stream(bench, address):
+    measures = ("--measure", "served", "--measure", "streamed", "--overload", 5)
+    result, report = bench("--address", address, "--model", "slow", *measures, "--in-flight", 2, "--seconds", 0.5)
+    assert result.exit_code == 0, result.output
+    (model,) = report.models
+    assert model.streamed_overload.failed.keys() == {"RESOURCE_EXHAUSTED"}
+    assert model.streamed_goodput_over_capacity.median > 0
+    assert "on a stream, 5 x as many" in result.stdout
 
 
 def test_compare(bench, address, tmp_path):
@@ -152,6 +172,32 @@ def test_large_messages_and_refusals_over_bare_http2(address):
     result = generate(Load(address, CLASSIFY, [wrong], in_flight=1, warmup_s=0.0, seconds=0.1))
     assert result.latencies_s.keys() == {"INVALID_ARGUMENT"}
     assert result.in_time == 0
+
+
+def test_large_messages_and_refusals_on_a_stream(address):
+    """The same, on one stream, whose window they share."""
+    big = codec.classify_request(red_image(7, 400, 500), model="tiny")
+    wrong = codec.classify_request(b"no image", model="tiny")
+    messages = [pb.PredictRequest(classify=one).SerializeToString() for one in (big, wrong)]
+    load = Load(address, PREDICT, messages, in_flight=8, warmup_s=0.1, seconds=0.3, wire=StreamConnection)
+    result = generate(load)
+    assert result.latencies_s.keys() == {"OK", "INVALID_ARGUMENT"}
+    assert abs(len(result.latencies_s["OK"]) - len(result.latencies_s["INVALID_ARGUMENT"])) <= 16
+    assert pb.ClassifyResponse.FromString(result.replies[0]).classes
+
+
+def test_a_stream_that_the_server_ends_is_an_error(address):
+    connection = StreamConnection(address, PREDICT)
+    connection.start(connection.prepare(b"\xff"))  # no protobuf message
+    connection.flush()
+
+    def listen():
+        for _ in range(10):  # settings, headers, and then the end
+            connection.replies(10)
+
+    with pytest.raises(ModelUnavailable, match="the server ended the stream"):
+        listen()
+    connection.close()
 
 
 def test_nobody_there():

@@ -61,7 +61,38 @@ def test_overload(failed, refused_p99_ms, accepted_p99_ms, goodput, expected):
     late = {} if refused_p99_ms is None else {"RESOURCE_EXHAUSTED": Percentiles(1, 2, refused_p99_ms)}
     flow = Flow(same(90.0), Percentiles(1, 2, accepted_p99_ms), {}, failed=failed, failed_latency_ms=late)
     overloaded = model(overload=flow, overload_offered=3.0, queue_bound_ms=1000.0, goodput_over_capacity=same(goodput))
-    assert [one.met for one in page._overload_verdicts("m", overloaded, flow)] == expected
+    assert [one.met for one in page._own_verdicts([overloaded]) if "3 x" in one.text] == expected
+
+
+def test_what_is_streamed_has_verdicts_of_its_own():
+    refused = {"RESOURCE_EXHAUSTED": Percentiles(1, 2, 3)}
+    calls = Flow(same(80.0), Percentiles(1, 2, 3), {}, failed={"INTERNAL": 1}, failed_latency_ms=refused)
+    flow = Flow(same(90.0), Percentiles(1, 2, 3), {}, failed={"RESOURCE_EXHAUSTED": 5}, failed_latency_ms=refused)
+    both = model(
+        streamed=flow,
+        served_over_pipeline=same(0.9),
+        streamed_over_pipeline=same(0.97),
+        overload=calls,
+        streamed_overload=flow,
+        overload_offered=3.0,
+        queue_bound_ms=2.0,
+        goodput_over_capacity=same(0.8),
+        streamed_goodput_over_capacity=same(0.92),
+        streamed_goodput_over_capacity_without_generator=same(0.95),
+    )
+    found = {one.text.removeprefix("MobileNetV2 r p"): one for one in page._own_verdicts([both])}
+    assert {text: one.met for text, one in found.items()} == {
+        ": served / pipeline >= 0.95": False,
+        ", on a stream: served / pipeline >= 0.95": True,
+        ": pipeline / what the stages' CPU time allows >= 0.95": False,
+        ": 3 x capacity: goodput / capacity >= 0.9": False,
+        ": 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": False,
+        ": 3 x capacity: p99 of the accepted within the queue's bound": False,
+        ", on a stream: 3 x capacity: goodput / capacity >= 0.9": True,
+        ", on a stream: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": True,
+        ", on a stream: 3 x capacity: p99 of the accepted within the queue's bound": False,
+    }
+    assert found[", on a stream: 3 x capacity: goodput / capacity >= 0.9"].note.startswith("0.950")
 
 
 def test_the_best_peer_counts_and_the_loop_is_none():

@@ -89,8 +89,8 @@ class GrpcConnection:
         self._out: list[bytes | memoryview] = []
         settings = ((HEADER_TABLE_SIZE, 0), (ENABLE_PUSH, 0), (INITIAL_WINDOW_SIZE, LARGEST_WINDOW))
         payload = b"".join(_SETTING.pack(*setting) for setting in settings)
-        self._out += [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", _frame(SETTINGS, 0, 0, len(payload)), payload]
-        self._out += [_frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(LARGEST_WINDOW - DEFAULT_WINDOW)]
+        self._out += [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(SETTINGS, 0, 0, len(payload)), payload]
+        self._out += [frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(LARGEST_WINDOW - DEFAULT_WINDOW)]
         self.flush()
 
     def prepare(self, message: bytes) -> bytes:
@@ -109,7 +109,7 @@ class GrpcConnection:
         number = self._next_stream
         self._next_stream += 2
         self._streams[number] = _Stream(memoryview(prepared), self._first_window, bytearray())
-        self._out += [_frame(HEADERS, END_HEADERS, number, len(self._headers)), self._headers]
+        self._out += [frame(HEADERS, END_HEADERS, number, len(self._headers)), self._headers]
         self._feed(number)
         return number
 
@@ -170,7 +170,7 @@ class GrpcConnection:
                 self._blocked.append(number)
                 return
             last = size == len(stream.unsent)
-            self._out += [_frame(DATA, END_STREAM if last else 0, number, size), stream.unsent[:size]]
+            self._out += [frame(DATA, END_STREAM if last else 0, number, size), stream.unsent[:size]]
             stream.unsent = stream.unsent[size:]
             stream.window -= size
             self._window -= size
@@ -198,7 +198,7 @@ class GrpcConnection:
         if opened:
             self._feed_blocked()
         if self._read > LARGEST_WINDOW // 2:
-            self._out += [_frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(self._read)]
+            self._out += [frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(self._read)]
             self._read = 0
 
     def _hear(self, kind: int, flags: int, number: int, payload: bytes, done: list[Reply]) -> None:
@@ -214,7 +214,7 @@ class GrpcConnection:
             stream.body += payload
         elif flags & END_STREAM:
             del self._streams[number]
-            status = _status_of(payload)
+            status = status_of(payload)
             done.append(Reply(number, status, bytes(stream.body[5:]) if status == OK else b""))
 
     def _manage(self, kind: int, flags: int, number: int, payload: bytes) -> bool:
@@ -222,28 +222,38 @@ class GrpcConnection:
         if kind == SETTINGS and not flags & ACK:
             for name, value in _SETTING.iter_unpack(payload):
                 if name == INITIAL_WINDOW_SIZE:
-                    for stream in self._streams.values():
-                        stream.window += value - self._first_window
+                    self._widen_all(value - self._first_window)
                     self._first_window = value
                 elif name == MAX_FRAME_SIZE:
                     self._max_frame = value
-            self._out.append(_frame(SETTINGS, ACK, 0, 0))
+            self._out.append(frame(SETTINGS, ACK, 0, 0))
             return True
         if kind == PING and not flags & ACK:
-            self._out += [_frame(PING, ACK, 0, 8), payload]
+            self._out += [frame(PING, ACK, 0, 8), payload]
         elif kind == GOAWAY:
             raise ModelUnavailable(f"{self._address}: the server hung up: {payload[8:].decode(errors='replace')}")
         elif kind == WINDOW_UPDATE:
             more = _UINT32.unpack(payload)[0]
             if number == 0:
                 self._window += more
-            elif number in self._streams:
-                self._streams[number].window += more
+            else:
+                self._widen(number, more)
             return True
         return False
 
+    def _widen(self, number: int, more: int) -> None:
+        """A call may send more."""
+        if number in self._streams:
+            self._streams[number].window += more
 
-def _frame(kind: int, flags: int, stream: int, length: int) -> bytes:
+    def _widen_all(self, more: int) -> None:
+        """Every call may send more, or less."""
+        for stream in self._streams.values():
+            stream.window += more
+
+
+def frame(kind: int, flags: int, stream: int, length: int) -> bytes:
+    """What comes before a frame's payload."""
     return _FRAME.pack(length >> 8, length & 0xFF, kind, flags, stream)
 
 
@@ -264,7 +274,7 @@ def _text(value: str) -> bytes:
     return bytes([len(value)]) + value.encode("ascii")
 
 
-def _status_of(trailers: bytes) -> int:
+def status_of(trailers: bytes) -> int:
     """The number of a status in a block of header fields, which has no dynamic table."""
     _, found, rest = trailers.partition(b"grpc-status")
     if not found or not rest:

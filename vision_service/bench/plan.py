@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from vision_service.config.settings import ServerSettings
 
-Measure = Literal["network", "pipeline", "served", "single", "open", "overload"]
-MEASURES: tuple[Measure, ...] = ("network", "pipeline", "served", "single", "open", "overload")
+Measure = Literal["network", "pipeline", "served", "streamed", "single", "open", "overload"]
+MEASURES: tuple[Measure, ...] = ("network", "pipeline", "served", "streamed", "single", "open", "overload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class Plan:
         variants: what is measured.
         setup: how it is found and run.
         images: encoded files.
-        measures: which of `MEASURES`; ``open`` needs a rate, ``overload`` a factor and ``served``.
+        measures: which of `MEASURES`; ``open`` needs a rate, ``overload`` a factor and ``served``; what is
+            ``streamed`` is measured under overload as well.
         batch_sizes: of the network alone; empty: powers of two up to the model's largest, and that.
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
@@ -83,7 +84,7 @@ class Plan:
     variants: Sequence[Variant]
     setup: Setup
     images: Sequence[bytes]
-    measures: tuple[Measure, ...] = ("network", "pipeline", "served", "single")
+    measures: tuple[Measure, ...] = ("network", "pipeline", "served", "streamed", "single")
     batch_sizes: tuple[int, ...] = ()
     in_flight: int = 32
     rate: float = 0.0

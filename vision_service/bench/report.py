@@ -57,12 +57,14 @@ class ModelReport:
             (``server``: gRPC, reading requests and writing replies).
         pipeline: in process, closed loop.
         served: through gRPC, closed loop.
+        streamed: likewise, as requests on one stream of Predict instead of calls.
         single_pipeline_ms: latency in process, one image at a time.
         single_served_ms: latency of a call, one at a time.
         offered_per_s: rate of the open loop.
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
         overload_offered: that multiple.
+        streamed_overload: at the same multiple of what is ``streamed``, on one stream.
         queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
             many calls as may be under way take at the closed loop's speed.
         network_best_per_s: the network alone at its best batch size.
@@ -72,8 +74,12 @@ class ModelReport:
         served_over_pipeline: likewise, of the server's to the pipeline's.
         served_over_pipeline_without_generator: the same if the generator's CPU time were the server's: what a client on
             another machine would see, as long as the processor is what limits.
+        streamed_over_pipeline: as ``served_over_pipeline``, of what is ``streamed``.
+        streamed_over_pipeline_without_generator: likewise.
         goodput_over_capacity: ratio of what is answered under overload to the closed loop's speed.
         goodput_over_capacity_without_generator: likewise, if the generator's CPU time were the server's in both.
+        streamed_goodput_over_capacity: as ``goodput_over_capacity``, on one stream.
+        streamed_goodput_over_capacity_without_generator: likewise.
     """
 
     model: str
@@ -84,11 +90,13 @@ class ModelReport:
     stages_cpu_ms: dict[str, float] = field(default_factory=dict)
     pipeline: Flow | None = None
     served: Flow | None = None
+    streamed: Flow | None = None
     single_pipeline_ms: Percentiles | None = None
     single_served_ms: Percentiles | None = None
     offered_per_s: float | None = None
     open: Flow | None = None
     overload: Flow | None = None
+    streamed_overload: Flow | None = None
     overload_offered: float | None = None
     queue_bound_ms: float | None = None
     network_best_per_s: Spread | None = None
@@ -97,8 +105,12 @@ class ModelReport:
     pipeline_over_allowed: Spread | None = None
     served_over_pipeline: Spread | None = None
     served_over_pipeline_without_generator: Spread | None = None
+    streamed_over_pipeline: Spread | None = None
+    streamed_over_pipeline_without_generator: Spread | None = None
     goodput_over_capacity: Spread | None = None
     goodput_over_capacity_without_generator: Spread | None = None
+    streamed_goodput_over_capacity: Spread | None = None
+    streamed_goodput_over_capacity_without_generator: Spread | None = None
 
     @property
     def label(self) -> str:

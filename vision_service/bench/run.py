@@ -40,10 +40,12 @@ class Rounds:
         stages: by stage.
         pipeline: closed loops in process.
         served: closed loops over the network.
+        streamed: likewise, on one stream of Predict.
         single_pipeline: one at a time.
         single_served: one at a time.
         open: at the plan's rate.
         overload: at a multiple of the closed loop's speed.
+        streamed_overload: likewise, on one stream of Predict.
         served_peak_mb: most memory of the server, MiB.
     """
 
@@ -51,10 +53,12 @@ class Rounds:
     stages: list[dict[str, Alone]] = field(default_factory=list)
     pipeline: list[PipelineResult] = field(default_factory=list)
     served: list[LoadResult] = field(default_factory=list)
+    streamed: list[LoadResult] = field(default_factory=list)
     single_pipeline: list[PipelineResult] = field(default_factory=list)
     single_served: list[LoadResult] = field(default_factory=list)
     open: list[LoadResult] = field(default_factory=list)
     overload: list[LoadResult] = field(default_factory=list)
+    streamed_overload: list[LoadResult] = field(default_factory=list)
     served_peak_mb: float = 0.0
 
 
@@ -83,7 +87,7 @@ def measure(plan: Plan, say: Say) -> Report:
 
 def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
     in_process = not plan.address and bool({"network", "pipeline", "single"} & set(plan.measures))
-    over_network = bool({"served", "single", "open", "overload"} & set(plan.measures))
+    over_network = bool({"served", "streamed", "single", "open", "overload"} & set(plan.measures))
     with ExitStack() as stack:
         worker = target = None
         if in_process:
@@ -123,10 +127,12 @@ def _in_process_turn(plan: Plan, worker: Worker, rounds: Rounds) -> None:
 
 
 def _served_turn(plan: Plan, target: Target, rounds: Rounds) -> None:
-    if target.pid and not rounds.served:
+    if target.pid and not (rounds.served or rounds.streamed):
         reset_peak(target.pid)
     if "served" in plan.measures:
         rounds.served.append(target.load(plan, in_flight=plan.in_flight))
+    if "streamed" in plan.measures:
+        rounds.streamed.append(target.load(plan, streamed=True, in_flight=plan.in_flight))
     if "single" in plan.measures:
         warmup_s, seconds = plan.warmup_s / 2, plan.seconds / 2
         rounds.single_served.append(target.load(plan, in_flight=1, warmup_s=warmup_s, seconds=seconds))
@@ -138,6 +144,9 @@ def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "overload" in plan.measures:
         capacity = _by_round([_speed(one) for one in rounds.served])[-1]
         rounds.overload.append(target.load(plan, rate=plan.overload * capacity))
+    if "overload" in plan.measures and "streamed" in plan.measures:
+        capacity = _by_round([_speed(one) for one in rounds.streamed])[-1]
+        rounds.streamed_overload.append(target.load(plan, streamed=True, rate=plan.overload * capacity))
 
 
 def _by_round(turns: Sequence[float]) -> list[float]:
@@ -164,10 +173,16 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
     best = [max(1000 / alone.wall_ms for alone in one.values()) for one in rounds.network]
     pipeline = [len(one.latencies_s) / one.seconds for one in rounds.pipeline]
     through = [_speed(one) for one in rounds.served]
+    streamed = [_speed(one) for one in rounds.streamed]
     returned = [speed * _without(one, cores) for speed, one in zip(through, rounds.served, strict=True)]
+    streamed_returned = [speed * _without(one, cores) for speed, one in zip(streamed, rounds.streamed, strict=True)]
     allowed = [1000 * cores / sum(stage.cpu_ms for stage in stages.values()) for stages in rounds.stages]
     in_process = _in_process_flow(rounds.pipeline) if rounds.pipeline else None
-    over_network = _served_flow(rounds.served, target, rounds.served_peak_mb, cores) if rounds.served else None
+
+    def flow(results: Sequence[LoadResult]) -> Flow | None:
+        return _served_flow(results, target, rounds.served_peak_mb, cores) if results else None
+
+    over_network = flow(rounds.served)
     return ModelReport(
         identity["model"],
         identity["task"],
@@ -175,8 +190,10 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         identity["precision"],
         pipeline=in_process,
         served=over_network,
-        open=_served_flow(rounds.open, target, rounds.served_peak_mb, cores) if rounds.open else None,
-        overload=_served_flow(rounds.overload, target, rounds.served_peak_mb, cores) if rounds.overload else None,
+        streamed=flow(rounds.streamed),
+        open=flow(rounds.open),
+        overload=flow(rounds.overload),
+        streamed_overload=flow(rounds.streamed_overload),
         overload_offered=plan.overload if rounds.overload else None,
         queue_bound_ms=_queue_bound_ms(target, through),
         network_images_per_s={
@@ -195,11 +212,18 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         pipeline_over_allowed=_ratio(pipeline, allowed),
         served_over_pipeline=_ratio(through, pipeline),
         served_over_pipeline_without_generator=_ratio(returned, pipeline),
-        goodput_over_capacity=_ratio([_speed(one) for one in rounds.overload], _by_round(through)),
-        goodput_over_capacity_without_generator=_ratio(
-            [_speed(one) * _without(one, cores) for one in rounds.overload], _by_round(returned)
-        ),
+        streamed_over_pipeline=_ratio(streamed, pipeline),
+        streamed_over_pipeline_without_generator=_ratio(streamed_returned, pipeline),
+        goodput_over_capacity=_goodput(rounds.overload, through),
+        goodput_over_capacity_without_generator=_goodput(rounds.overload, returned, cores),
+        streamed_goodput_over_capacity=_goodput(rounds.streamed_overload, streamed),
+        streamed_goodput_over_capacity_without_generator=_goodput(rounds.streamed_overload, streamed_returned, cores),
     )
+
+
+def _goodput(overload: Sequence[LoadResult], capacity: Sequence[float], cores: int = 0) -> Spread | None:
+    """Of what is answered under overload to the closed loop's speed; with cores, the generator's time returned."""
+    return _ratio([_speed(one) * (_without(one, cores) if cores else 1.0) for one in overload], _by_round(capacity))
 
 
 def _speed(result: LoadResult) -> float:

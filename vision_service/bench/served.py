@@ -15,6 +15,7 @@ from typing import Any
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.bench.load import Load, LoadResult, run_load
 from vision_service.bench.plan import Plan, Setup, Variant
+from vision_service.bench.stream import StreamConnection
 from vision_service.client import VisionClient, codec
 from vision_service.errors import ConfigError
 from vision_service.model_info import ModelInfo
@@ -52,19 +53,27 @@ class Target:
     info: ModelInfo
     pid: int = 0
 
-    def load(self, plan: Plan, **more: Any) -> LoadResult:
+    def load(self, plan: Plan, *, streamed: bool = False, **more: Any) -> LoadResult:
         """Send a plan's images.
 
         Args:
             plan: what to send and for how long.
+            streamed: as requests on one stream of Predict, instead of a call each.
             **more: other fields of `Load`, and those that are not to be the plan's.
         """
+        task = self.info.task.value
         build = partial(REQUESTS[self.info.task], model=self.info.name, version=self.info.version)
+        requests = map(build, plan.images)
+        if streamed:
+            messages = [pb.PredictRequest(**{task: request}).SerializeToString() for request in requests]
+            more["wire"] = StreamConnection
+        else:
+            messages = [request.SerializeToString() for request in requests]
         return run_load(
             Load(
                 self.address,
-                SERVICE + self.info.task.value.capitalize(),
-                [build(image).SerializeToString() for image in plan.images],
+                SERVICE + ("Predict" if streamed else task.capitalize()),
+                messages,
                 server_pid=self.pid,
                 **({"warmup_s": plan.warmup_s, "seconds": plan.seconds} | more),
             ),

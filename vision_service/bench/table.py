@@ -28,8 +28,10 @@ def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
     flows = (
         (f"pipeline, {in_flight} in flight", model.pipeline),
         (f"served, {in_flight} in flight", model.served),
+        (f"on a stream, {in_flight} in flight", model.streamed),
         (f"served, open loop at {model.offered_per_s or 0:.0f}/s", model.open),
         (f"served, {model.overload_offered or 0:g} x as many", model.overload),
+        (f"on a stream, {model.overload_offered or 0:g} x as many", model.streamed_overload),
     )
     rows += [_flow_row(name, flow) for name, flow in flows if flow is not None]
     singles = (("pipeline, one at a time", model.single_pipeline_ms), ("served, one at a time", model.single_served_ms))
@@ -53,8 +55,12 @@ RATIOS = (
     "pipeline_over_allowed",
     "served_over_pipeline",
     "served_over_pipeline_without_generator",
+    "streamed_over_pipeline",
+    "streamed_over_pipeline_without_generator",
     "goodput_over_capacity",
     "goodput_over_capacity_without_generator",
+    "streamed_goodput_over_capacity",
+    "streamed_goodput_over_capacity_without_generator",
 )
 """Fields of `ModelReport`, in the order in which they are shown."""
 
@@ -103,12 +109,14 @@ FIGURES = {
     "network images/s": "network_best_per_s.median",
     "pipeline images/s": "pipeline.images_per_s.median",
     "served images/s": "served.images_per_s.median",
+    "streamed images/s": "streamed.images_per_s.median",
     "served p99 ms": "served.latency_ms.p99",
     "served CPU ms/image": "served.cpu_ms",
     "served peak MiB": "served.peak_mb",
     "single served p50 ms": "single_served_ms.p50",
     "pipeline_over_network": "pipeline_over_network.median",
     "served_over_pipeline": "served_over_pipeline.median",
+    "streamed_over_pipeline": "streamed_over_pipeline.median",
 }
 """What two runs are compared in: a name, and where in a `ModelReport` it is."""
 

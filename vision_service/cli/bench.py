@@ -28,7 +28,9 @@ def bench(
     images: Annotated[Path | None, typer.Option(help="Folder of images to send [samples].", exists=True)] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="network, pipeline, served or single; repeatable [all of them]."),
+        typer.Option(
+            help="network, pipeline, served, streamed (requests on one stream) or single; repeatable [all of them]."
+        ),
     ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(help="Of the network alone; repeatable [1, 2, 4, ... up to the model's].", min=1)
@@ -99,11 +101,11 @@ def _measures(asked: list[str] | None, *, rate: float, overload: float, address:
     """What to measure. A server that runs already cannot be measured from inside."""
     from vision_service.bench.plan import MEASURES
 
-    known = ("network", "pipeline", "served", "single")
+    known = ("network", "pipeline", "served", "streamed", "single")
     asked = list(known[2:] if address else known) if asked is None else asked
     if wrong := [name for name in asked if name not in known]:
         raise InvalidInput("measure", f"there is no {wrong[0]!r}; {choices(wrong[0], known)}")
     if address and {"network", "pipeline"} & set(asked):
-        raise InvalidInput("address", "a server that runs already is measured as served and single only")
+        raise InvalidInput("address", "a server that runs already is measured as served, streamed and single only")
     asked += [name for name, value in (("open", rate), ("overload", overload)) if value]
     return tuple(name for name in MEASURES if name in asked)
