@@ -194,6 +194,15 @@ def test_a_request_that_is_cancelled_leaves_the_queue_and_has_no_answer(gated):
     assert SEEN[2] == 0
 
 
+def test_an_id_may_be_used_again_once_its_request_was_cancelled(gated):
+    stream, gate, queued = gated
+    stream.send(1, cancel=True)  # it is in the network, past cancelling
+    stream.send(1, raw_request(9))
+    until(lambda: queued() == 1)
+    gate.touch()
+    assert red_of(stream.answers(1)[1]) == 9
+
+
 def test_hanging_up_takes_everything_out_of_the_queue(gated, caplog):
     stream, _, queued = gated
     caplog.set_level(logging.INFO, "vision_service.access")

@@ -37,11 +37,12 @@ class AsyncVisionClient:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        stream: bool = False,
     ) -> None:
         self.address = address
         policy = RetryPolicy(max_attempts=max_attempts)
         self._transport = AsyncTransport(
-            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata))
+            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata), stream)
         )
 
     async def classify(

@@ -51,6 +51,20 @@ class Failure:
     request_id: str = ""
 
 
+class AttemptFailed(Exception):
+    """An attempt failed. It stays inside the client, which tries again or raises what `to_error` makes of it.
+
+    Args:
+        failure: what is known.
+        cause: the ``grpc.RpcError`` behind it, where there is one.
+    """
+
+    def __init__(self, failure: Failure, cause: BaseException | None = None) -> None:
+        super().__init__(f"{failure.status}: {failure.message}")
+        self.failure = failure
+        self.__cause__ = cause
+
+
 def failure_of(error: Any) -> Failure:
     """What an RPC's error tells.
 

@@ -1,10 +1,13 @@
-"""A channel with retries, waiting and not waiting. The two classes differ in their ``await``s only."""
+"""A channel with retries, waiting and not waiting. The two classes differ in their ``await``s only.
+
+An attempt is a call, or a request on a stream where the settings say so.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,15 +16,20 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vision_service.api.v1 import vision_pb2_grpc
-from vision_service.client.failures import failure_of, request_id_in, to_error
+from vision_service.client.failures import AttemptFailed, failure_of, request_id_in, to_error
 from vision_service.client.replies import read_reply
 from vision_service.client.retry import Attempts, RetryPolicy
+from vision_service.client.streaming import AsyncPredictStream, Metadata, PredictStream, StreamFailed
 from vision_service.errors import InvalidInput, ModelUnavailable
+from vision_service.types import Task
 
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest request or reply. gRPC's own limit of 4 MiB is less than one raw photo."""
+
+_TASKS = {task.capitalize(): task.value for task in Task}
+"""The task of each method that has requests on streams."""
 
 _NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
@@ -37,6 +45,7 @@ class Settings:
         max_message_bytes: largest request or reply.
         credentials: ``grpc.ChannelCredentials`` for TLS; ``None`` speaks plain text.
         metadata: sent with every call.
+        stream: whether predictions are requests on a stream.
     """
 
     address: str
@@ -44,7 +53,8 @@ class Settings:
     policy: RetryPolicy
     max_message_bytes: int = MAX_MESSAGE_BYTES
     credentials: Any = None
-    metadata: Sequence[tuple[str, str]] = ()
+    metadata: Metadata = ()
+    stream: bool = False
 
     def open(self, library: Any) -> Any:
         """A channel.
@@ -75,6 +85,7 @@ class Transport:
         self._settings = settings
         self._channel = settings.open(grpc)
         self._methods = _methods_of(self._channel)
+        self._stream = PredictStream(self._channel, settings.metadata, settings.max_message_bytes)
         self._closed = False
 
     def call(self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None) -> T:
@@ -95,17 +106,14 @@ class Transport:
             if self._closed:
                 raise ModelUnavailable(f"the client of {self._settings.address} is closed; open another")
             try:
-                response, rpc = self._methods[method].with_call(
-                    request, timeout=attempts.start(), metadata=self._settings.metadata
-                )
-            except grpc.RpcError as error:
-                failure = failure_of(error)
-                pause_s = attempts.pause_s(failure)
+                response, request_id = self._attempt(method, request, attempts)
+            except AttemptFailed as failed:
+                pause_s = attempts.pause_s(failed.failure)
                 if pause_s is None:
-                    raise to_error(failure, self._settings.address, attempts.made) from error
+                    raise to_error(failed.failure, self._settings.address, attempts.made) from failed.__cause__
                 time.sleep(pause_s)
             else:
-                return read_reply(read, response, request_id_in(rpc.initial_metadata(), rpc.trailing_metadata()))
+                return read_reply(read, response, request_id)
 
     def health(self, service: str, timeout_s: float) -> bool:
         """Ask once whether a service answers calls; False also when nobody answers."""
@@ -119,7 +127,30 @@ class Transport:
     def close(self) -> None:
         """Calls under way fail."""
         self._closed = True
+        self._stream.stop()
         self._channel.close()
+        self._stream.join()
+
+    def _attempt(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
+        """Ask once; gives the reply and the request id, or raises `AttemptFailed`."""
+        timeout_s = attempts.start()
+        if self._settings.stream and self._stream.usable and method in _TASKS:
+            try:
+                return self._stream.ask(_TASKS[method], request, timeout_s)
+            except StreamFailed as failed:
+                if self._closed or failed.tells_of_server:
+                    raise
+            timeout_s = attempts.remaining_s()
+        return self._call(method, request, timeout_s)
+
+    def _call(self, method: str, request: Any, timeout_s: float) -> tuple[Any, str]:
+        try:
+            response, rpc = self._methods[method].with_call(
+                request, timeout=timeout_s, metadata=self._settings.metadata
+            )
+        except grpc.RpcError as error:
+            raise AttemptFailed(failure_of(error)) from error
+        return response, request_id_in(rpc.initial_metadata(), rpc.trailing_metadata())
 
 
 class AsyncTransport:
@@ -129,6 +160,7 @@ class AsyncTransport:
         self._settings = settings
         self._channel = settings.open(grpc.aio)
         self._methods = _methods_of(self._channel)
+        self._stream = AsyncPredictStream(self._channel, settings.metadata, settings.max_message_bytes)
         self._closed = False
 
     async def call(
@@ -140,17 +172,14 @@ class AsyncTransport:
         while True:
             if self._closed:
                 raise ModelUnavailable(f"the client of {self._settings.address} is closed; open another")
-            rpc = self._methods[method](request, timeout=attempts.start(), metadata=self._settings.metadata)
             try:
-                response = await rpc
-            except grpc.RpcError as error:
-                failure = failure_of(error)
-                pause_s = attempts.pause_s(failure)
+                response, request_id = await self._attempt(method, request, attempts)
+            except AttemptFailed as failed:
+                pause_s = attempts.pause_s(failed.failure)
                 if pause_s is None:
-                    raise to_error(failure, self._settings.address, attempts.made) from error
+                    raise to_error(failed.failure, self._settings.address, attempts.made) from failed.__cause__
                 await asyncio.sleep(pause_s)
             else:
-                request_id = request_id_in(await rpc.initial_metadata(), await rpc.trailing_metadata())
                 return await asyncio.to_thread(read_reply, read, response, request_id)
 
     async def health(self, service: str, timeout_s: float) -> bool:
@@ -165,7 +194,28 @@ class AsyncTransport:
     async def close(self) -> None:
         """Calls under way fail."""
         self._closed = True
+        await self._stream.close()
         await self._channel.close()
+
+    async def _attempt(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
+        """See `Transport._attempt`."""
+        timeout_s = attempts.start()
+        if self._settings.stream and self._stream.usable and method in _TASKS:
+            try:
+                return await self._stream.ask(_TASKS[method], request, timeout_s)
+            except StreamFailed as failed:
+                if self._closed or failed.tells_of_server:
+                    raise
+            timeout_s = attempts.remaining_s()
+        return await self._call(method, request, timeout_s)
+
+    async def _call(self, method: str, request: Any, timeout_s: float) -> tuple[Any, str]:
+        rpc = self._methods[method](request, timeout=timeout_s, metadata=self._settings.metadata)
+        try:
+            response = await rpc
+        except grpc.RpcError as error:
+            raise AttemptFailed(failure_of(error)) from error
+        return response, request_id_in(await rpc.initial_metadata(), await rpc.trailing_metadata())
 
 
 def build_request(build: Callable[[], Any]) -> Any:

@@ -204,7 +204,7 @@ class _Stream:
 
     def _forget(self, request: _Request) -> None:
         """Nobody waits for a request's answer any more."""
-        self._under_way.pop(request.number, None)
+        del self._under_way[request.number]
         if request.timer is not None:
             request.timer.cancel()
         if request.answer is not None:
@@ -220,8 +220,9 @@ class _Stream:
     def _arrived(self, request: _Request) -> None:
         """Pass on what became of a request."""
         answer = request.answer
-        if answer is None or answer.cancelled() or self._under_way.pop(request.number, None) is None:
-            return
+        if answer is None or answer.cancelled() or self._under_way.get(request.number) is not request:
+            return  # nobody waits for it: it was cancelled when it was past cancelling, and its id may be another's by now
+        del self._under_way[request.number]
         if request.timer is not None:
             request.timer.cancel()
         try:
