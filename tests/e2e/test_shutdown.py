@@ -40,6 +40,24 @@ def test_sigterm_answers_what_is_in_flight_and_refuses_what_is_new(serve, tmp_pa
     assert "Traceback" not in log
 
 
+def test_calls_that_are_not_answered_within_the_drain_timeout_show_in_the_exit_code(serve, tmp_path):
+    gate = tmp_path / "gate"
+    gate.touch()
+    process, port, _ = serve(f'options = {{gate = "{gate}"}}', VISION_SERVICE_DRAIN_TIMEOUT_S="0.5")
+    gate.unlink()
+    entered = tmp_path / "gate.entered"
+    entered.unlink()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = pb_grpc.VisionServiceStub(channel).Classify.future(raw_request(1), timeout=30)
+        while not entered.exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
+        gate.touch()
+    assert process.wait(20) == 1
+    assert '"message": "stopped with calls unanswered"' in (tmp_path / "log").read_text()
+
+
 def test_an_open_health_watch_does_not_hold_up_the_end(serve):
     process, port, _ = serve("")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -125,11 +125,12 @@ class VisionServer:
         if self._streams is not None:
             self._streams.stop()
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + self.settings.drain_timeout_s
+        until_s, under_way = loop.time() + self.settings.drain_timeout_s, self._calls.under_way
         stopping = asyncio.ensure_future(self._server.stop(self.settings.drain_timeout_s))  # refuses new calls at once
         idle = asyncio.ensure_future(self._calls.wait_idle())
         await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
-        in_time = idle.done()
+        # By the clock: that none is under way now may be because time was over and gRPC has cancelled them.
+        in_time = not under_way or loop.time() < until_s
         idle.cancel()
         # Streams (health watches, reflection) have no end of their own and nothing to answer.
         await self._server.stop(STREAM_GRACE_S if in_time else None)

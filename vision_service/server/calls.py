@@ -74,6 +74,11 @@ class Calls(grpc.GenericRpcHandler):
                 return handler
         return None
 
+    @property
+    def under_way(self) -> int:
+        """Calls and streams of Predict that have no end yet."""
+        return self._active
+
     async def wait_idle(self) -> None:
         """Wait until no call and no stream of Predict is under way."""
         await self._idle.wait()

@@ -221,7 +221,7 @@ class _Stream:
         """Pass on what became of a request."""
         answer = request.answer
         if answer is None or answer.cancelled() or self._under_way.get(request.number) is not request:
-            return  # nobody waits for it: it was cancelled when it was past cancelling, and its id may be another's by now
+            return  # it was cancelled when it was past cancelling, and its id may be another's by now
         del self._under_way[request.number]
         if request.timer is not None:
             request.timer.cancel()
