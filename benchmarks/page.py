@@ -110,7 +110,7 @@ def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
         if model.single_pipeline_ms and model.single_served_ms:
             more = model.single_served_ms.p50 - model.single_pipeline_ms.p50
             note = f"{model.single_served_ms.p50:.1f} ms and {model.single_pipeline_ms.p50:.1f} ms"
-            yield Verdict(f"{name}: one call at a time, p50 <= in process + 2 ms", f"+{more:.1f} ms", more <= 2, note)
+            yield Verdict(f"{name}: one call at a time, p50 <= in process + 2 ms", f"{more:+.1f} ms", more <= 2, note)
         for how, overload, ratio, alone in (
             ("", model.overload, model.goodput_over_capacity, model.goodput_over_capacity_without_generator),
             (
