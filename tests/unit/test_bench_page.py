@@ -46,6 +46,9 @@ def test_ratios_and_single_calls():
     assert not found["one call at a time, p50 <= in process + 2 ms"]
     late["single_served_ms"] = Percentiles(7.0, 8, 9)
     assert met(page._own_verdicts([model(**late)]))["one call at a time, p50 <= in process + 2 ms"]
+    late["single_served_ms"] = Percentiles(4.5, 8, 9)
+    values = {one.value for one in page._own_verdicts([model(**late)])}
+    assert "-0.5 ms" in values
 
 
 @pytest.mark.parametrize(

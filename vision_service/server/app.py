@@ -23,7 +23,7 @@ from vision_service.engine.slices import short_slices
 from vision_service.errors import ConfigError, VisionError
 from vision_service.server.access import AccessLog
 from vision_service.server.calls import Calls
-from vision_service.server.servicers import ModelServicer, VisionServicer
+from vision_service.server.servicers import ModelServicer, StreamingServicer
 from vision_service.server.streams import PredictStreams
 from vision_service.types import Task
 
@@ -83,7 +83,7 @@ class VisionServer:
         ]
         self._server = grpc.aio.server(options=options)
         self._streams = PredictStreams(self.pipeline, self._access)
-        pb_grpc.add_VisionServiceServicer_to_server(VisionServicer(self.pipeline, self._streams), self._calls)
+        pb_grpc.add_VisionServiceServicer_to_server(StreamingServicer(self.pipeline, self._streams), self._calls)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
         self._server.add_generic_rpc_handlers((self._calls,))

@@ -27,7 +27,7 @@ from vision_service.errors import ConfigError, InvalidInput
 from vision_service.server.access import AccessLog
 from vision_service.server.calls import observed
 from vision_service.server.logs import set_up_logs
-from vision_service.server.servicers import NO_STREAMS, ModelServicer, VisionServicer
+from vision_service.server.servicers import ModelServicer, VisionServicer
 from vision_service.types import Task
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ SERVICERS = [
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 """What Serve's proxy is told to offer (``grpc_servicer_functions``)."""
+
+NO_STREAMS = "there are no streams behind Ray Serve; make a call for each image"
 
 _EMPTY_REPLIES = {
     "Classify": pb.ClassifyResponse,

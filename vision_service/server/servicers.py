@@ -16,22 +16,17 @@ from vision_service.server.arrivals import Arrivals
 from vision_service.server.streams import PredictStreams
 from vision_service.types import Result
 
-NO_STREAMS = "there are no streams here; make a call for each image"
-"""What is said where Predict cannot be had."""
-
 
 class VisionServicer(pb_grpc.VisionServiceServicer):
-    """VisionService over a pipeline.
+    """VisionService over a pipeline, without streams.
 
     Args:
         pipeline: where images go.
-        streams: what serves Predict; ``None`` where streams cannot be had.
     """
 
-    def __init__(self, pipeline: Pipeline, streams: PredictStreams | None = None) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._arrivals = Arrivals()
-        self._streams = streams
 
     async def Classify(self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
         """See the API."""
@@ -48,13 +43,6 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
     async def Translate(self, request: pb.TranslateRequest, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
         """See the API."""
         return await self._predict(codec.read_translate, request, context)
-
-    async def Predict(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        """See the API."""
-        if self._streams is None:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_STREAMS)
-        else:
-            await self._streams.serve(context)
 
     async def _predict(
         self, read: Callable[[Any], codec.Call], request: Any, context: grpc.aio.ServicerContext
@@ -74,6 +62,23 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
             )
         )
         return replies.write_reply(answer, call) if isinstance(answer, Result) else answer
+
+
+class StreamingServicer(VisionServicer):
+    """The same with streams.
+
+    Args:
+        pipeline: where images go.
+        streams: what serves Predict.
+    """
+
+    def __init__(self, pipeline: Pipeline, streams: PredictStreams) -> None:
+        super().__init__(pipeline)
+        self._streams = streams
+
+    async def Predict(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        """See the API."""
+        await self._streams.serve(context)
 
 
 class ModelServicer(pb_grpc.ModelServiceServicer):
