@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,14 @@ def tiny_spec(**fields):
         "device": "cpu",
     }
     return ModelSpec.model_validate(base | fields)
+
+
+def until(condition: Callable[[], object], what: str = "it never came to that") -> None:
+    """Wait for something that must come, 20 s at most."""
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.005)
 
 
 def red_image(red: int, height: int = 16, width: int = 24) -> np.ndarray:

@@ -19,7 +19,7 @@ import pytest
 from tiny_backend import SEEN
 
 from tests.e2e.test_server import settings
-from tests.helpers import red_image, run_server
+from tests.helpers import red_image, run_server, until
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.client import AsyncVisionClient, VisionClient
@@ -99,13 +99,6 @@ def connect(request):
             return client
 
         yield make
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)
 
 
 def red_of(future):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from tests.helpers import PLUGINS, red_image, tiny_manifest
+from tests.helpers import PLUGINS, red_image, tiny_manifest, until
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.client import VisionClient
@@ -92,13 +92,6 @@ def test_health_by_the_standard_protocol(client):
         client.health("nonsense")
 
 
-def wait_for(condition, what):
-    deadline_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.02)
-
-
 def test_a_deadline_that_passes_frees_the_place_in_the_queue(client, gate):
     gate.unlink(missing_ok=True)
     entered = gate.with_name(f"{gate.name}.entered")
@@ -110,7 +103,7 @@ def test_a_deadline_that_passes_frees_the_place_in_the_queue(client, gate):
     with ThreadPoolExecutor() as callers:
         try:
             running = callers.submit(classify, 1, 20)
-            wait_for(entered.exists, "the first image never reached the network")
+            until(entered.exists, "the first image never reached the network")
             three = [callers.submit(classify, red, 3) for red in (2, 3, 4)]  # one may wait, and there is no third place
             errors = sorted((one.exception() for one in three), key=lambda error: type(error).__name__)
             assert [type(error) for error in errors] == [DeadlineExceeded, QueueFull, QueueFull]

@@ -1,8 +1,8 @@
 """The access log: one line for each call, and no flood of them.
 
 A line takes 0.15 ms of the event loop where each is written when its call ends, among decoders and networks that have
-emptied the caches; written together they take a fraction of that. So they wait for each other, a tenth of a second at
-most, and have the time at which their call ended. Refusals, which under overload are most of the calls, are counted.
+emptied the caches. So they wait for each other, a tenth of a second at most, and have the time at which their call
+ended. Refusals, which under overload are most of the calls, are counted.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class VisionServer:
         self._health = aio_health.HealthServicer()
         self._access = AccessLog()
         self._calls = Calls(self.pipeline.check_room, self._access)
-        self._streams: PredictStreams | None = None
+        self._streams = PredictStreams(self.pipeline, self._access)
         self._server: Any = None
         self.port = 0
 
@@ -82,7 +82,6 @@ class VisionServer:
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
         ]
         self._server = grpc.aio.server(options=options)
-        self._streams = PredictStreams(self.pipeline, self._access)
         pb_grpc.add_VisionServiceServicer_to_server(StreamingServicer(self.pipeline, self._streams), self._calls)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
@@ -122,8 +121,7 @@ class VisionServer:
         if self._server is None:
             return True
         await self._health.enter_graceful_shutdown()
-        if self._streams is not None:
-            self._streams.stop()
+        self._streams.stop()
         loop = asyncio.get_running_loop()
         until_s, under_way = loop.time() + self.settings.drain_timeout_s, self._calls.under_way
         stopping = asyncio.ensure_future(self._server.stop(self.settings.drain_timeout_s))  # refuses new calls at once
@@ -135,9 +133,10 @@ class VisionServer:
         # Streams (health watches, reflection) have no end of their own and nothing to answer.
         await self._server.stop(STREAM_GRACE_S if in_time else None)
         await stopping
-        self._access.write_rest()
         left_s = max(1.0, until_s - loop.time())
-        return await loop.run_in_executor(None, self.pipeline.close, left_s) and in_time
+        drained = await loop.run_in_executor(None, self.pipeline.close, left_s)
+        self._access.write_rest()  # calls that were cancelled have come to their end by now
+        return drained and in_time
 
 
 async def serve(settings: ServerSettings, on_ready: Callable[[VisionServer], None]) -> int:

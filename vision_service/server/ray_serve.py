@@ -161,6 +161,7 @@ class VisionReplica:
         pipeline = getattr(self, "_pipeline", None)
         if pipeline is not None:
             pipeline.close(self._settings.drain_timeout_s)
+            self._access.write_rest()
 
 
 class _Context:
