@@ -58,6 +58,7 @@ class ModelInfo:
         max_queued_jobs: most calls that may wait for it.
         queued_jobs: calls waiting now.
         latency_curve: batch size and milliseconds, measured when it was loaded.
+        latency_beside: likewise, of a forward pass beside which others run; empty where none do.
         max_delay_ms: how long the oldest waiting call may be held back for a fuller batch.
         target_p99_ms: objective for the time from a call's decoded image to its answer; ``None``: there is none.
         answer_within_ms: how long the last call that is let in waits for its answer, by the curve and the limits.
@@ -83,6 +84,7 @@ class ModelInfo:
     max_queued_jobs: int = 0
     queued_jobs: int = 0
     latency_curve: tuple[tuple[int, float], ...] = ()
+    latency_beside: tuple[tuple[int, float], ...] = ()
     max_delay_ms: float = 0.0
     target_p99_ms: float | None = None
     answer_within_ms: float = 0.0

@@ -80,6 +80,7 @@ def model_to_proto(info: ModelInfo, *, with_class_names: bool = True) -> pb.Mode
         state=MODEL_STATE_VALUES[info.state],
         class_names=info.class_names if with_class_names else (),
         latency_curve=[pb.BatchLatency(batch_size=size, latency_ms=ms) for size, ms in info.latency_curve],
+        latency_beside=[pb.BatchLatency(batch_size=size, latency_ms=ms) for size, ms in info.latency_beside],
         target_p99_ms=info.target_p99_ms,
         **{name: getattr(info, name) for name in _SAME_FIELDS},
     )
@@ -98,6 +99,7 @@ def model_from_proto(model: pb.Model) -> ModelInfo:
         state=MODEL_STATES[model.state],
         class_names=tuple(model.class_names),
         latency_curve=tuple((point.batch_size, point.latency_ms) for point in model.latency_curve),
+        latency_beside=tuple((point.batch_size, point.latency_ms) for point in model.latency_beside),
         target_p99_ms=model.target_p99_ms if model.HasField("target_p99_ms") else None,
         **{name: getattr(model, name) for name in _SAME_FIELDS},
     )

@@ -178,7 +178,7 @@ def test_large_messages_and_refusals_on_a_stream(address):
     """The same, on one stream, whose window they share."""
     big = codec.classify_request(red_image(7, 400, 500), model="tiny")
     wrong = codec.classify_request(b"no image", model="tiny")
-    messages = [pb.PredictRequest(classify=one).SerializeToString() for one in (big, wrong)]
+    messages = [pb.PredictItem(classify=one).SerializeToString() for one in (big, wrong)]
     load = Load(address, PREDICT, messages, in_flight=8, warmup_s=0.1, seconds=0.3, wire=StreamConnection)
     result = generate(load)
     assert result.latencies_s.keys() == {"OK", "INVALID_ARGUMENT"}

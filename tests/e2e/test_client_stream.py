@@ -163,17 +163,21 @@ class Scripted(pb_grpc.VisionServiceServicer):
 
     script: list[Callable] = field(default_factory=lambda: [answer_all])
     streams: list[dict[str, Any]] = field(default_factory=list)  # the metadata with which each was opened
-    requests: list[pb.PredictRequest] = field(default_factory=list)
+    requests: list[pb.PredictItem] = field(default_factory=list)
+    messages: list[int] = field(default_factory=list)  # how many requests travelled in each
     calls: int = 0
 
     def Predict(self, request_iterator, context):  # noqa: N802
         behave = self.script[min(len(self.streams), len(self.script) - 1)]
         self.streams.append(dict(context.invocation_metadata()))
-        yield from behave(map(self._note, request_iterator), context)
+        yield from behave(self._noted(request_iterator), context)
 
-    def _note(self, request):
-        self.requests.append(request)
-        return request
+    def _noted(self, messages):
+        for message in messages:
+            self.messages.append(len(message.items))
+            for item in message.items:
+                self.requests.append(item)
+                yield item
 
     def Classify(self, request, context):  # noqa: N802
         self.calls += 1
@@ -429,6 +433,28 @@ def test_what_was_given_up_before_it_could_be_sent_is_never_sent(scripted, conne
     assert red_of(small) == [7]
     kinds = [request.WhichOneof("request") for request in scripted.requests]
     assert kinds == ["classify", "cancel", "classify"]
+
+
+def test_requests_that_come_while_one_is_written_share_a_message_up_to_a_size(scripted, connect):
+    go_on = threading.Event()
+
+    def slow_reader(requests, _context):
+        go_on.wait(20)
+        yield from answer_all(requests, None)
+
+    scripted.script = [slow_reader]
+    client = connect(scripted.address, timeout_s=60)
+    large = np.zeros((2000, 2000, 3), np.uint8)  # more than flow control lets pass unread
+    futures = [client.start("classify", large)]
+    until(lambda: scripted.streams)
+    time.sleep(0.3)  # it is being written
+    futures += [client.start("classify", red_image(red, 200, 300)) for red in range(1, 8)]  # 180 kB each
+    time.sleep(0.3)
+    go_on.set()
+    assert [red_of(future) for future in futures] == [[red] for red in range(8)]
+    assert sum(scripted.messages) == 8
+    assert scripted.messages[0] == 1
+    assert max(scripted.messages) == 2  # three would be more than half a megabyte
 
 
 async def test_cancelling_an_await_takes_the_request_off_the_queue(gated):

@@ -31,7 +31,10 @@ class Stream:
 
     def send(self, number, request=None, **fields):
         kind = {} if request is None else {"classify": request}
-        self._requests.put(pb.PredictRequest(id=number, **kind, **fields))
+        self.send_together(pb.PredictItem(id=number, **kind, **fields))
+
+    def send_together(self, *items):
+        self._requests.put(pb.PredictRequest(items=items))
 
     def end(self):
         self._requests.put(None)
@@ -229,6 +232,55 @@ def test_answers_that_are_done_together_share_a_message_up_to_a_size(tmp_path, m
             }
             assert BATCHES == [8]
             assert stream.messages == messages
+
+
+def test_requests_of_one_message_are_each_answered_by_itself(server):
+    with streaming(server.port) as stream:
+        good = [pb.PredictItem(id=red, classify=raw_request(red)) for red in range(40)]
+        wrong = [pb.PredictItem(id=100), pb.PredictItem(id=101, classify=raw_request(1, top_k=0))]
+        stream.send_together(*good[:20], *wrong, *good[20:])
+        stream.send_together()  # nothing is asked, and nothing answered
+        answers = stream.answers(42)
+        stream.end()
+        assert list(stream.rpc) == []
+    assert {number: red_of(answers[number]) for number in range(40)} == {number: number for number in range(40)}
+    assert {CODE[answers[number].failure.code] for number in (100, 101)} == {"INVALID_ARGUMENT"}
+
+
+def test_a_cancellation_in_the_message_of_its_request(gated):
+    stream, gate, queued = gated
+    items = [pb.PredictItem(id=number, classify=raw_request(number)) for number in (2, 3)]
+    stream.send_together(*items, pb.PredictItem(id=2, cancel=True))
+    until(lambda: queued() == 1)
+    gate.touch()
+    assert {red_of(answer) for answer in stream.answers(2).values()} == {1, 3}
+    assert SEEN[2] == 0
+
+
+def test_bounds_hold_within_a_message_too(gated, monkeypatch):
+    """Requests beyond the bound are begun once others are answered: these two are not refused for a full queue."""
+    monkeypatch.setattr(streams, "MAX_UNANSWERED", 3)
+    stream, gate, queued = gated
+    stream.send_together(*(pb.PredictItem(id=number, classify=raw_request(number)) for number in range(2, 6)))
+    until(lambda: queued() == 2)
+    time.sleep(0.2)
+    gate.touch()
+    assert {number: red_of(answer) for number, answer in stream.answers(5).items()} == {
+        number: number for number in range(1, 6)
+    }
+
+
+def test_a_large_message_of_small_requests_is_answered_whole_and_so_is_a_call_beside_it(server):
+    """Twenty thousand requests, all wrong, in one message: many times what may be unanswered."""
+    many = [pb.PredictItem(id=number) for number in range(20_000)]
+    with streaming(server.port) as stream, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = pb_grpc.VisionServiceStub(channel)
+        stub.Classify(raw_request(1), timeout=10)
+        stream.send_together(*many)
+        answers = stream.answers(1)  # they have begun
+        assert stub.Classify(raw_request(2), timeout=10).classes[0].class_id == 2
+        answers |= stream.answers(20_000 - len(answers))
+        assert {CODE[answer.failure.code] for answer in answers.values()} == {"INVALID_ARGUMENT"}
 
 
 @pytest.mark.parametrize(

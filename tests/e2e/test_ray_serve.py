@@ -119,8 +119,9 @@ def test_a_deadline_that_passes_frees_the_place_in_the_queue(client, gate):
 
 def test_there_are_no_streams(port):
     """Serve's proxy cannot pass them on; a client that asks for one makes calls instead."""
+    request = pb.PredictRequest(items=[pb.PredictItem(id=1)])
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        answers = pb_grpc.VisionServiceStub(channel).Predict(iter([pb.PredictRequest(id=1)]), timeout=30)
+        answers = pb_grpc.VisionServiceStub(channel).Predict(iter([request]), timeout=30)
         with pytest.raises(grpc.RpcError) as caught:
             next(answers)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -263,6 +263,7 @@ class TestModels:
         max_queued_jobs=9,
         queued_jobs=1,
         latency_curve=((1, 4.5), (8, 20.25)),
+        latency_beside=((1, 7.5), (8, 40.5)),
         max_delay_ms=1.5,
         target_p99_ms=50.0,
         answer_within_ms=40.5,

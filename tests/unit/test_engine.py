@@ -572,6 +572,8 @@ def several_passes(**batching):
             return forward
 
         assert len(model.forwards_beside) == (0 if "target_p99_ms" in batching else 2)
+        curve = made.catalog.info(made.catalog.hosts()[0]).latency_beside
+        assert [size for size, ms in curve if ms > 0] == ([1, 2] if model.forwards_beside else [])
         model.forwards_beside = tuple(map(noted, model.forwards_beside))
         del model
         yield made, sizes

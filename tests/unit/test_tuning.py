@@ -29,13 +29,25 @@ def test_without_an_objective_the_spec_is_kept():
         (((1, 10.0), (2, 12.0), (4, 20.0), (8, 48.0)), 8, 4),  # 6 ms an image: too large for the caches
         (((1, 10.0), (2, 12.0), (4, 20.0), (8, 20.0)), 4, 4),  # no larger than the spec says
         (((1, 100.0), (2, 204.0), (4, 410.0), (6, 610.0)), 6, 1),  # about as little, whatever the size
-        (((1, 10.0), (2, 20.0), (4, 40.0), (8, 80.0)), 8, 2),  # the same network, but a batch is 2 ms of other work
+        (((1, 10.0), (2, 20.0), (4, 40.0), (8, 80.0)), 8, 4),  # the same network, but a batch is 2 ms of other work
         (((1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0), (16, 16.0)), 16, 16),  # which is most of a tiny network's
-        (((1, 10.0), (2, 18.0), (4, 34.5)), 4, 2),  # 9 + 1 against 8.625 + 0.5
+        (((1, 10.0), (2, 18.0), (4, 36.5)), 4, 2),  # 9 + 1 against 9.125 + 0.5
+        (((1, 10.0), (2, 18.0), (4, 34.5)), 4, 4),  # against 8.625 + 0.5: nine per cent
     ],
 )
 def test_the_smallest_batch_that_costs_an_image_about_as_little_as_any(points, most, batch):
     assert choose(BatchingSpec(max_batch_size=most), LatencyCurve(points)).limits.max_batch_size == batch
+
+
+def test_passes_beside_others_choose_the_batch_where_there_are_any():
+    """Alone, on all cores, large batches gain; on a share of them they do not."""
+    alone = ((1, 10.0), (2, 12.0), (4, 16.0), (8, 24.0))
+    assert choose(BatchingSpec(max_batch_size=8), LatencyCurve(alone)).limits.max_batch_size == 8
+    curve = LatencyCurve(alone, beside=((1, 15.0), (2, 20.0), (4, 40.0), (8, 90.0)))
+    choice = choose(BatchingSpec(max_batch_size=8, max_queued_jobs=20), curve)
+    assert choice.limits.max_batch_size == 2
+    assert choice.within_ms == 11 * 12  # how long calls wait is still told by passes on all cores
+    assert choose(BatchingSpec(max_batch_size=8, target_p99_ms=48), curve).limits.max_batch_size == 8
 
 
 @pytest.mark.parametrize(

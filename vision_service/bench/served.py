@@ -65,7 +65,7 @@ class Target:
         build = partial(REQUESTS[self.info.task], model=self.info.name, version=self.info.version)
         requests = map(build, plan.images)
         if streamed:
-            messages = [pb.PredictRequest(**{task: request}).SerializeToString() for request in requests]
+            messages = [pb.PredictItem(**{task: request}).SerializeToString() for request in requests]
             more["wire"] = StreamConnection
         else:
             messages = [request.SerializeToString() for request in requests]

@@ -17,6 +17,7 @@ from vision_service.bench.http2 import (
     frame,
     status_of,
 )
+from vision_service.client.streaming import MESSAGE_BYTES
 from vision_service.errors import ModelUnavailable
 
 _LENGTH = struct.Struct(">BL")
@@ -24,11 +25,15 @@ _LENGTH = struct.Struct(">BL")
 _FIRST_ID = 1 << 28
 """From here to 2**35 an id is a varint of five bytes."""
 
+_ITEM, _ID, _ID_BYTES = b"\x0a", b"\x08", 6
+"""Tags of `PredictRequest.items` and `PredictItem.id`, and the length of an id with its tag."""
+
 
 class StreamConnection(GrpcConnection):
     """One connection with one stream, which is open from the beginning. Not thread-safe.
 
-    Requests are what is called here; the number of a request is its id.
+    Requests are what is called here; the number of a request is its id. As the clients do, it sends together what was
+    begun by the time that it may send.
 
     Args:
         address: ``host:port``.
@@ -39,7 +44,9 @@ class StreamConnection(GrpcConnection):
     """
 
     def __init__(self, address: str, method: str) -> None:
-        self._waiting: deque[memoryview] = deque()
+        self._begun: deque[tuple[bytes, bytes]] = deque()
+        self._waiting: deque[memoryview] = deque()  # the rest of the message that is being sent
+        self._left = 0
         self._arrived = bytearray()
         super().__init__(address, method)
         self._number = self._next_stream
@@ -49,25 +56,34 @@ class StreamConnection(GrpcConnection):
         self.flush()
 
     def prepare(self, message: bytes) -> bytes:
-        """A serialised `PredictRequest` without an id, which comes when it is sent."""
+        """A serialised `PredictItem` without an id, which comes when it is begun."""
         return message
 
     def start(self, prepared: bytes) -> int:
-        """Send a request; else as `GrpcConnection.start`."""
+        """Begin a request; else as `GrpcConnection.start`."""
         self._next_id += 1
-        number = bytes([8, *(self._next_id >> shift & 127 | 128 for shift in (0, 7, 14, 21)), self._next_id >> 28])
-        head = _LENGTH.pack(0, len(number) + len(prepared)) + number
-        self._waiting += (memoryview(head), memoryview(prepared))
-        self._feed_blocked()
+        head = (
+            _ITEM + _varint(_ID_BYTES + len(prepared)) + _ID + _varint(self._next_id)
+        )  # then the rest of the item, as it is
+        self._begun.append((head, prepared))
         return self._next_id
 
+    def flush(self) -> None:
+        """As `GrpcConnection.flush`."""
+        self._feed_blocked()
+        super().flush()
+
     def _feed_blocked(self) -> None:
-        left = sum(map(len, self._waiting))
-        while (size := min(left, self._stream_window, self._window, self._max_frame)) > 0:
+        while self._waiting or self._begun:
+            if not self._waiting:
+                self._next_message()
+            size = min(self._left, self._stream_window, self._window, self._max_frame)
+            if size <= 0:
+                return
             self._out.append(frame(DATA, 0, self._number, size))
             self._stream_window -= size
             self._window -= size
-            left -= size
+            self._left -= size
             while size:
                 part = self._waiting.popleft()
                 if len(part) > size:
@@ -75,6 +91,16 @@ class StreamConnection(GrpcConnection):
                     part = part[:size]
                 self._out.append(part)
                 size -= len(part)
+
+    def _next_message(self) -> None:
+        """Make a message of what was begun."""
+        parts: list[bytes] = []
+        size = 0
+        while self._begun and (not parts or size + sum(map(len, self._begun[0])) <= MESSAGE_BYTES):
+            parts += self._begun.popleft()
+            size += len(parts[-2]) + len(parts[-1])
+        self._waiting += map(memoryview, (_LENGTH.pack(0, size), *parts))
+        self._left = _LENGTH.size + size
 
     def _widen(self, number: int, more: int) -> None:
         if number == self._number:
@@ -105,6 +131,16 @@ class StreamConnection(GrpcConnection):
             done += map(_reply, response.answers)
             at = end
         del self._arrived[:at]
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes it: seven bits a byte, the lowest first; the last byte alone has no high bit."""
+    written = bytearray()
+    while number > 127:
+        written.append(number & 127 | 128)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
 
 
 def _reply(answer: pb.PredictAnswer) -> Reply:

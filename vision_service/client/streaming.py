@@ -1,7 +1,8 @@
 """Predictions as requests on one stream of Predict instead of a call each, waiting and not waiting.
 
 Both classes open their stream at the first request and open another after one has ended. Each request has an id, by
-which its answer is known, and waits for that answer alone.
+which its answer is known, and waits for that answer alone. One message is written at a time, and requests that come in
+the meantime share the next.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -27,6 +28,10 @@ Metadata = tuple[tuple[str, str], ...]
 
 _PREDICT = f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/Predict"
 _STATUS_OF_CODE = {status.value[0]: status.name for status in grpc.StatusCode}
+
+MESSAGE_BYTES = 512 * 1024
+"""Requests share a message up to so many bytes; a larger one travels alone. With images of 114 kB four of them cost a
+server 0.20 to 0.23 ms each where one alone costs 0.34 to 0.40, and eight gain no more."""
 
 _LATE = Failure("DEADLINE_EXCEEDED", "Deadline Exceeded")
 _CLOSED = Failure("CANCELLED", "Channel closed!")
@@ -58,50 +63,74 @@ class _Request(Generic[W]):
 
 @dataclass(slots=True)
 class _Requests(Generic[W]):
-    """What has no answer yet on one stream. Threads need a lock around each use."""
+    """What has no answer yet on one stream. Threads need a lock around each use.
 
-    by_id: dict[int, _Request[W]] = field(default_factory=dict)
+    Attributes:
+        most_bytes: requests share a message up to so many.
+    """
 
-    def take(self, item: int | bytes) -> bytes | None:
-        """What to write for an item of the queue: a cancellation as it is, or the message of the request of an id.
+    most_bytes: int
+    _by_id: dict[int, _Request[W]] = field(default_factory=dict, init=False)
+    _unwritten: deque[int | bytes] = field(default_factory=deque, init=False)
+    """In order: ids of requests, and cancellations as they travel. A request whose caller gives up before it was
+    written is in the dictionary no more, so that it needs no memory and no time on the wire."""
 
-        Messages stay out of the queue so that one whose caller has given up needs no memory, and no time on the wire.
-        """
-        if isinstance(item, bytes):
-            return item
-        request = self.by_id.get(item)
-        if request is None:
-            return None
-        message = request.message
-        request.message = None
-        return message
+    def add(self, number: int, message: bytes, answer: W) -> None:
+        """Take in a request, to be written."""
+        self._by_id[number] = _Request(message, answer)
+        self._unwritten.append(number)
 
-    def forget(self, number: int) -> bytes | None:
-        """Wait for an answer no longer; gives what to tell the server, if it may know of the request."""
-        request = self.by_id.pop(number, None)
+    def next_parts(self) -> list[bytes]:
+        """What to write next. Joined these messages are one, which has the requests of all."""
+        parts: list[bytes] = []
+        size = 0
+        while self._unwritten:
+            first = self._unwritten[0]
+            request = None if isinstance(first, bytes) else self._by_id.get(first)
+            part = first if isinstance(first, bytes) else request and request.message
+            if part:
+                size += len(part)
+                if parts and size > self.most_bytes:
+                    break
+                parts.append(part)
+                if request is not None:
+                    request.message = None
+            self._unwritten.popleft()
+        return parts
+
+    def forget(self, number: int) -> bool:
+        """Wait for an answer no longer; whether there is a cancellation to be written, as the server may know of it."""
+        request = self._by_id.pop(number, None)
         if request is None or request.message is not None:
-            return None
-        cancellation: bytes = pb.PredictRequest(id=number, cancel=True).SerializeToString()
-        return cancellation
+            return False
+        self._unwritten.append(_serialised(id=number, cancel=True))
+        return True
 
     def answered(self, answers: Iterable[pb.PredictAnswer]) -> list[tuple[W, pb.PredictAnswer]]:
         """Who waited for these answers; an answer that nobody waits for any more is left out."""
-        known = [(self.by_id.pop(answer.id, None), answer) for answer in answers]
+        known = [(self._by_id.pop(answer.id, None), answer) for answer in answers]
         return [(request.answer, answer) for request, answer in known if request is not None]
 
     def give_up(self) -> list[W]:
         """Who waits still."""
-        waiting = [request.answer for request in self.by_id.values()]
-        self.by_id.clear()
+        waiting = [request.answer for request in self._by_id.values()]
+        self._by_id.clear()
         return waiting
 
 
 @dataclass(slots=True)
 class _Open:
-    """One stream of the waiting client."""
+    """One stream of the waiting client.
 
-    requests: _Requests[Future[Any]] = field(default_factory=_Requests)
-    unwritten: SimpleQueue[int | bytes | None] = field(default_factory=SimpleQueue)  # None: no more to come
+    Attributes:
+        requests: what has no answer.
+        news: there is something to write, or the stream has ended. Its lock is the client's.
+        ended: nothing more is written.
+    """
+
+    requests: _Requests[Future[Any]]
+    news: threading.Condition
+    ended: bool = False
 
 
 class PredictStream:
@@ -149,8 +178,8 @@ class PredictStream:
             if self._closed:
                 raise StreamFailed(_CLOSED)
             opened = self._open or self._open_another()
-            opened.requests.by_id[number] = _Request(message, waiting)
-            opened.unwritten.put(number)
+            opened.requests.add(number, message, waiting)
+            opened.news.notify()
         del message  # gRPC is to be the last to have it
         try:
             answer = waiting.result(timeout_s)
@@ -158,9 +187,8 @@ class PredictStream:
             raise AttemptFailed(_LATE) from None
         finally:
             with self._lock:
-                cancellation = opened.requests.forget(number)
-            if cancellation is not None:
-                opened.unwritten.put(cancellation)
+                if opened.requests.forget(number):
+                    opened.news.notify()
         return _read_answer(answer, task)
 
     def stop(self) -> None:
@@ -174,7 +202,8 @@ class PredictStream:
             self._reader.join()
 
     def _open_another(self) -> _Open:
-        opened = _Open()
+        requests: _Requests[Future[Any]] = _Requests(min(MESSAGE_BYTES, self._max_message_bytes))
+        opened = _Open(requests, threading.Condition(self._lock))
         call = self._predict(self._messages(opened), metadata=self._metadata)
         self._reader = threading.Thread(target=self._read, args=(opened, call), name="predict-stream", daemon=True)
         self._reader.start()
@@ -183,11 +212,16 @@ class PredictStream:
 
     def _messages(self, opened: _Open) -> Iterator[bytes]:
         """What is to be written, as it comes. Runs on a thread of gRPC's, which ends with it."""
-        while (item := opened.unwritten.get()) is not None:
-            with self._lock:
-                message = opened.requests.take(item)
-            if message is not None:
-                yield message
+        while True:
+            with opened.news:
+                while not (parts := opened.requests.next_parts()) and not opened.ended:
+                    opened.news.wait()
+            if not parts:
+                return
+            message = b"".join(parts)
+            del parts
+            yield message
+            del message
 
     def _read(self, opened: _Open, call: Any) -> None:
         """Hand out answers until the stream ends, and then its failure to all who have none."""
@@ -207,18 +241,25 @@ class PredictStream:
                 if failure.status == "UNIMPLEMENTED":
                     self.usable = False
                 unanswered = opened.requests.give_up()
-            opened.unwritten.put(None)
+                opened.ended = True
+                opened.news.notify()
             for waiting in unanswered:
                 waiting.set_result(StreamFailed(failure, cause))
 
 
 @dataclass(slots=True)
 class _AsyncOpen:
-    """One stream of the client for event loops."""
+    """One stream of the client for event loops.
+
+    Attributes:
+        call: gRPC's.
+        requests: what has no answer.
+        news: there is something to write.
+    """
 
     call: Any
-    requests: _Requests[asyncio.Future[Any]] = field(default_factory=_Requests)
-    unwritten: asyncio.Queue[int | bytes] = field(default_factory=asyncio.Queue)
+    requests: _Requests[asyncio.Future[Any]]
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class AsyncPredictStream:
@@ -242,8 +283,8 @@ class AsyncPredictStream:
             raise StreamFailed(_CLOSED)
         opened = self._open or self._open_another()
         waiting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        opened.requests.by_id[number] = _Request(message, waiting)
-        opened.unwritten.put_nowait(number)
+        opened.requests.add(number, message, waiting)
+        opened.news.set()
         del message  # gRPC is to be the last to have it
         try:
             async with asyncio.timeout(timeout_s):
@@ -251,9 +292,8 @@ class AsyncPredictStream:
         except TimeoutError:
             raise AttemptFailed(_LATE) from None
         finally:
-            cancellation = opened.requests.forget(number)
-            if cancellation is not None:
-                opened.unwritten.put_nowait(cancellation)
+            if opened.requests.forget(number):
+                opened.news.set()
         return _read_answer(answer, task)
 
     async def close(self) -> None:
@@ -265,7 +305,8 @@ class AsyncPredictStream:
             await asyncio.wait(self._tasks)
 
     def _open_another(self) -> _AsyncOpen:
-        self._open = opened = _AsyncOpen(self._predict(metadata=self._metadata))
+        requests: _Requests[asyncio.Future[Any]] = _Requests(min(MESSAGE_BYTES, self._max_message_bytes))
+        self._open = opened = _AsyncOpen(self._predict(metadata=self._metadata), requests)
         writer = asyncio.ensure_future(self._write(opened))
         reader = asyncio.ensure_future(self._read(opened, writer))
         for running in (writer, reader):
@@ -277,10 +318,13 @@ class AsyncPredictStream:
         """Write what there is, one message at a time: nobody else may, and cancelling a write ends the stream."""
         try:
             while True:
-                message = opened.requests.take(await opened.unwritten.get())
-                if message is not None:
-                    await opened.call.write(message)
-                    del message
+                while not (parts := opened.requests.next_parts()):
+                    opened.news.clear()
+                    await opened.news.wait()
+                message = b"".join(parts)
+                del parts
+                await opened.call.write(message)
+                del message
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # the stream has ended, and its reader learns why
 
@@ -322,11 +366,15 @@ def _written(number: int, task: str, request: Any, timeout_s: float, max_message
         StreamFailed: it is larger than a message may be. gRPC would end the stream for it, and all others on it fail.
     """
     # 0 would mean no deadline. The largest, `retry.LONGEST_S`, fits into 32 bits.
-    predict = pb.PredictRequest(id=number, timeout_ms=max(1, int(1000 * timeout_s)))
-    getattr(predict, task).CopyFrom(request)
-    message: bytes = predict.SerializeToString()
+    message = _serialised(id=number, timeout_ms=max(1, int(1000 * timeout_s)), **{task: request})
     if len(message) > max_message_bytes:
         raise StreamFailed(_TOO_LARGE)
+    return message
+
+
+def _serialised(**fields: Any) -> bytes:
+    """A message with one request, of these fields."""
+    message: bytes = pb.PredictRequest(items=[pb.PredictItem(**fields)]).SerializeToString()
     return message
 
 

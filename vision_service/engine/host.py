@@ -231,6 +231,7 @@ class ModelHost:
             max_queued_jobs=limits.max_queued_jobs if limits is not None else spec.batching.max_queued_jobs,
             queued_jobs=self._batcher.queued_jobs if self._batcher is not None else 0,
             latency_curve=tuner.curve.points if tuner is not None else (),
+            latency_beside=tuner.curve.beside if tuner is not None else (),
             max_delay_ms=1000 * limits.max_delay_s if limits is not None else spec.batching.max_delay_ms or 0.0,
             target_p99_ms=spec.batching.target_p99_ms,
             answer_within_ms=tuner.choice.within_ms if tuner is not None else 0.0,

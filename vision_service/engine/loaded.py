@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any, cast
 
@@ -167,27 +169,33 @@ class LoadedModel:
         return [Answer(prediction, outcome.forward_ms, postprocess_ms) for prediction in predictions]
 
     def warm_up(self) -> LatencyCurve:
-        """Run each batch size that will be run, and measure it; once, the largest, beside others."""
+        """Run each batch size that will be run, and measure it: alone, and beside others where that is done."""
         sizes, largest = [1], self.spec.batching.max_batch_size
         while sizes[-1] < largest:
             sizes.append(min(2 * sizes[-1], largest))
         first_s = {size: self._time(size) for size in sizes}
         short = [size for size in sizes if first_s[size] <= _LONG_S]
-        least_s = {size: first_s[size] for size in sizes if size not in short}
-        until_s = time.monotonic() + _TIMED_S
-        runs = 0
-        while runs < _TIMED_RUNS or (runs < _MOST_TIMED_RUNS and time.monotonic() < until_s):
-            runs += 1
-            for size in short:  # in turn: what slows the machine down for a while slows them all down
-                least_s[size] = min(least_s.get(size, inf), self._time(size))
-        for forward in self.forwards_beside:
-            forward([self._example] * largest)
-        return LatencyCurve(tuple((size, 1000 * least_s[size]) for size in sizes))
+        alone_s = first_s | _least_s(self._time, short)
+        beside_s: dict[int, float] = {}
+        if self.forwards_beside:
+            with ThreadPoolExecutor(len(self.forwards_beside)) as pool:
+                self._time_beside(largest, pool)
+                if short == sizes:
+                    beside_s = _least_s(partial(self._time_beside, pool=pool), sizes)
+        return LatencyCurve(_in_ms(alone_s), _in_ms(beside_s))
 
     def _time(self, size: int) -> float:
         batch = [self._example] * size
         started_s = time.perf_counter()
         self.answers(batch, self.forward(batch), 0)
+        return time.perf_counter() - started_s
+
+    def _time_beside(self, size: int, pool: Executor) -> float:
+        """Seconds of forward passes that begin together, until the last one's end."""
+        batch = [self._example] * size
+        started_s = time.perf_counter()
+        for running in [pool.submit(forward, batch) for forward in self.forwards_beside]:
+            running.result()
         return time.perf_counter() - started_s
 
     def _make_example(self) -> Prepared:
@@ -209,3 +217,19 @@ class LoadedModel:
                     f"backend {self.spec.backend} made a {type(prediction).__name__}, a {self.spec.task} model makes "
                     f"{wanted.__name__}"
                 )
+
+
+def _least_s(timed: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
+    """The shortest of several runs of each size; in turn, so that what slows the machine down slows them all down."""
+    least_s = dict.fromkeys(sizes, inf)
+    until_s = time.monotonic() + _TIMED_S
+    runs = 0
+    while runs < _TIMED_RUNS or (runs < _MOST_TIMED_RUNS and time.monotonic() < until_s):
+        runs += 1
+        for size in sizes:
+            least_s[size] = min(least_s[size], timed(size))
+    return least_s
+
+
+def _in_ms(seconds: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    return tuple((size, 1000 * seconds[size]) for size in sorted(seconds))

@@ -19,7 +19,7 @@ from vision_service.engine.queue import BatchLimits
 _WORTH_A_DELAY = 0.9
 """An image in a full batch must cost less than this share of one alone, or waiting for a fuller batch gains nothing."""
 
-_ABOUT_AS_LITTLE = 1.1
+_ABOUT_AS_LITTLE = 1.05
 """Costs of an image in batches of two sizes differ by no more than this factor: then the smaller batch is taken."""
 
 _A_BATCH_MS = 2.0
@@ -39,9 +39,12 @@ class LatencyCurve:
 
     Attributes:
         points: batch size and milliseconds (forward pass and postprocessing), by size.
+        beside: batch size and milliseconds of a forward pass beside which others run, each on its share of the cores;
+            empty where none do.
     """
 
     points: tuple[tuple[int, float], ...]
+    beside: tuple[tuple[int, float], ...] = ()
 
     def ms(self, size: int) -> float:
         """Milliseconds of a batch; sizes between two measured ones lie on the line between them."""
@@ -56,9 +59,11 @@ class LatencyCurve:
     def economical(self, most: int) -> int:
         """The smallest measured size of at most ``most`` in which an image costs about as little as in any of them.
 
-        Its share of what a batch costs besides the network included: 2 ms, which small networks' batches are to spread.
+        What counts is the cost under load, beside other passes where there are any: a pass on all cores gains more from
+        a large batch than one on its share of them. An image's share of what a batch costs besides the network is
+        included: 2 ms, which small networks' batches are to spread.
         """
-        costs = {size: (ms + _A_BATCH_MS) / size for size, ms in self.points if size <= most}
+        costs = {size: (ms + _A_BATCH_MS) / size for size, ms in self.beside or self.points if size <= most}
         bound = _ABOUT_AS_LITTLE * min(costs.values())
         return min(size for size, cost in costs.items() if cost <= bound)
 

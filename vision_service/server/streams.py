@@ -1,7 +1,7 @@
 """Predict: many requests on one stream, each answered by itself.
 
 What a call costs in gRPC is mostly its beginning and its end, headers and status, each of which wakes the event loop. A
-request on a stream has neither, and answers that are done at one time travel in one message.
+request on a stream has neither, and requests that are sent together share a message, as do answers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ MAX_UNWRITTEN_BYTES = 16 * 1024 * 1024
 _MESSAGE_BYTES = 1024 * 1024
 """Answers that are done at one time share a message up to so many bytes; a larger one travels alone. gRPC's clients
 take 4 MiB unless told otherwise."""
+
+_AT_A_TIME = 16
+"""So many requests of one message are begun before others have a turn on the event loop."""
 
 _READ: dict[str, Callable[[Any], codec.Call]] = {
     Task.CLASSIFY: codec.read_classify,
@@ -151,32 +154,42 @@ class _Stream:
                 self._log(request, "CANCELLED")
 
     async def _read(self) -> None:
-        while (message := await self._context.read()) is not grpc.aio.EOF:
-            self._begin(message)
+        while await self._take(await self._context.read()):
+            pass  # and nothing here has a message while the next one is waited for
+
+    async def _take(self, message: Any) -> bool:
+        """Begin what is in a message; false when there was none any more."""
+        if message is grpc.aio.EOF:
+            return False
+        for place, item in enumerate(message.items, 1):
+            self._begin(item)
             while (
                 len(self._under_way) + len(self._unwritten) >= MAX_UNANSWERED
                 or self._unwritten_bytes > MAX_UNWRITTEN_BYTES
             ):
                 self._room.clear()
                 await self._room.wait()
+            if place % _AT_A_TIME == 0:
+                await asyncio.sleep(0)
+        return True
 
-    def _begin(self, message: pb.PredictRequest) -> None:
+    def _begin(self, item: pb.PredictItem) -> None:
         """Let a request in, or answer why not."""
-        kind = message.WhichOneof("request") or ""
+        kind = item.WhichOneof("request") or ""
         if kind == "cancel":
-            if (known := self._under_way.get(message.id)) is not None:
+            if (known := self._under_way.get(item.id)) is not None:
                 self._forget(known)
                 self._log(known, "CANCELLED")
             return
-        timeout_s = self._timeout_s(message.timeout_ms)
-        request = _Request(message.id, kind, request_id_of(None), time.perf_counter(), timeout_s)
+        timeout_s = self._timeout_s(item.timeout_ms)
+        request = _Request(item.id, kind, request_id_of(None), time.perf_counter(), timeout_s)
         try:
             if not kind:
                 raise InvalidInput("request", "is not set; set one of classify, detect, segment and translate")
             if request.number in self._under_way:
                 raise InvalidInput("id", f"{request.number} is under way; number requests so that its answer is known")
             self._pipeline.check_room(Task(kind))  # before the image is copied out of its message
-            request.call = call = _READ[kind](getattr(message, kind))
+            request.call = call = _READ[kind](getattr(item, kind))
             request.answer = self._pipeline.submit(
                 call.image,
                 task=call.task,
@@ -191,8 +204,8 @@ class _Stream:
             self._fail(request, error)
             return
         self._under_way[request.number] = request
-        if message.timeout_ms:
-            request.timer = asyncio.get_running_loop().call_later(message.timeout_ms / 1000, self._expire, request)
+        if item.timeout_ms:
+            request.timer = asyncio.get_running_loop().call_later(item.timeout_ms / 1000, self._expire, request)
         self._arrivals.tell(request.answer, partial(self._arrived, request))
 
     def _timeout_s(self, timeout_ms: int) -> float | None:

@@ -315,6 +315,12 @@ class TranslateResponse(_message.Message):
     def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., info: _Optional[_Union[ResponseInfo, _Mapping]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[PredictItem]
+    def __init__(self, items: _Optional[_Iterable[_Union[PredictItem, _Mapping]]] = ...) -> None: ...
+
+class PredictItem(_message.Message):
     __slots__ = ("id", "classify", "detect", "segment", "translate", "cancel", "timeout_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     CLASSIFY_FIELD_NUMBER: _ClassVar[int]
@@ -367,7 +373,7 @@ class PredictFailure(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "state", "state_reason", "is_default", "backend", "device", "runtime", "precision", "licence", "source", "class_names", "preprocess_json", "max_batch_size", "max_queued_jobs", "queued_jobs", "runtime_reason", "latency_curve", "max_delay_ms", "target_p99_ms", "answer_within_ms", "max_wait_ms")
+    __slots__ = ("name", "version", "task", "state", "state_reason", "is_default", "backend", "device", "runtime", "precision", "licence", "source", "class_names", "preprocess_json", "max_batch_size", "max_queued_jobs", "queued_jobs", "runtime_reason", "latency_curve", "max_delay_ms", "target_p99_ms", "answer_within_ms", "max_wait_ms", "latency_beside")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -391,6 +397,7 @@ class Model(_message.Message):
     TARGET_P99_MS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BESIDE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     task: Task
@@ -414,7 +421,8 @@ class Model(_message.Message):
     target_p99_ms: float
     answer_within_ms: float
     max_wait_ms: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., state_reason: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., runtime: _Optional[str] = ..., precision: _Optional[str] = ..., licence: _Optional[str] = ..., source: _Optional[str] = ..., class_names: _Optional[_Iterable[str]] = ..., preprocess_json: _Optional[str] = ..., max_batch_size: _Optional[int] = ..., max_queued_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., runtime_reason: _Optional[str] = ..., latency_curve: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., max_delay_ms: _Optional[float] = ..., target_p99_ms: _Optional[float] = ..., answer_within_ms: _Optional[float] = ..., max_wait_ms: _Optional[float] = ...) -> None: ...
+    latency_beside: _containers.RepeatedCompositeFieldContainer[BatchLatency]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., task: _Optional[_Union[Task, str]] = ..., state: _Optional[_Union[ModelState, str]] = ..., state_reason: _Optional[str] = ..., is_default: bool = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., runtime: _Optional[str] = ..., precision: _Optional[str] = ..., licence: _Optional[str] = ..., source: _Optional[str] = ..., class_names: _Optional[_Iterable[str]] = ..., preprocess_json: _Optional[str] = ..., max_batch_size: _Optional[int] = ..., max_queued_jobs: _Optional[int] = ..., queued_jobs: _Optional[int] = ..., runtime_reason: _Optional[str] = ..., latency_curve: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., max_delay_ms: _Optional[float] = ..., target_p99_ms: _Optional[float] = ..., answer_within_ms: _Optional[float] = ..., max_wait_ms: _Optional[float] = ..., latency_beside: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ...) -> None: ...
 
 class BatchLatency(_message.Message):
     __slots__ = ("batch_size", "latency_ms")
