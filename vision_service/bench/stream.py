@@ -62,9 +62,7 @@ class StreamConnection(GrpcConnection):
     def start(self, prepared: bytes) -> int:
         """Begin a request; else as `GrpcConnection.start`."""
         self._next_id += 1
-        head = (
-            _ITEM + _varint(_ID_BYTES + len(prepared)) + _ID + _varint(self._next_id)
-        )  # then the rest of the item, as it is
+        head = _ITEM + _varint(_ID_BYTES + len(prepared)) + _ID + _varint(self._next_id)
         self._begun.append((head, prepared))
         return self._next_id
 

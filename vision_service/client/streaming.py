@@ -374,7 +374,9 @@ def _written(number: int, task: str, request: Any, timeout_s: float, max_message
 
 def _serialised(**fields: Any) -> bytes:
     """A message with one request, of these fields."""
-    message: bytes = pb.PredictRequest(items=[pb.PredictItem(**fields)]).SerializeToString()
+    request = pb.PredictRequest()
+    request.items.add(**fields)  # copies the image once; an item made beforehand would be copied again
+    message: bytes = request.SerializeToString()
     return message
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from statistics import median
 from typing import Any, cast
 
 import numpy as np
@@ -175,13 +175,14 @@ class LoadedModel:
             sizes.append(min(2 * sizes[-1], largest))
         first_s = {size: self._time(size) for size in sizes}
         short = [size for size in sizes if first_s[size] <= _LONG_S]
-        alone_s = first_s | _least_s(self._time, short)
+        alone_s = first_s | {size: min(times_s) for size, times_s in _timed(self._time, short).items()}
         beside_s: dict[int, float] = {}
         if self.forwards_beside:
             with ThreadPoolExecutor(len(self.forwards_beside)) as pool:
                 self._time_beside(largest, pool)
                 if short == sizes:
-                    beside_s = _least_s(partial(self._time_beside, pool=pool), sizes)
+                    beside = _timed(partial(self._time_beside, pool=pool), sizes)
+                    beside_s = {size: median(times_s) for size, times_s in beside.items()}
         return LatencyCurve(_in_ms(alone_s), _in_ms(beside_s))
 
     def _time(self, size: int) -> float:
@@ -219,16 +220,20 @@ class LoadedModel:
                 )
 
 
-def _least_s(timed: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
-    """The shortest of several runs of each size; in turn, so that what slows the machine down slows them all down."""
-    least_s = dict.fromkeys(sizes, inf)
+def _timed(run: Callable[[int], float], sizes: Sequence[int]) -> dict[int, list[float]]:
+    """Several runs of each size, seconds; in turn, so that what slows the machine down slows them all down.
+
+    Their shortest is what a size takes undisturbed. To compare sizes their median is better: a machine that is twice as
+    fast for a moment is so for one of them.
+    """
+    times_s: dict[int, list[float]] = {size: [] for size in sizes}
     until_s = time.monotonic() + _TIMED_S
     runs = 0
     while runs < _TIMED_RUNS or (runs < _MOST_TIMED_RUNS and time.monotonic() < until_s):
         runs += 1
         for size in sizes:
-            least_s[size] = min(least_s[size], timed(size))
-    return least_s
+            times_s[size].append(run(size))
+    return times_s
 
 
 def _in_ms(seconds: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
