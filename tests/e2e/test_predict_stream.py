@@ -270,6 +270,14 @@ def test_bounds_hold_within_a_message_too(gated, monkeypatch):
     }
 
 
+def test_others_have_a_turn_while_a_message_is_begun(server):
+    """So its first answers are written before the last of its requests is begun: all would fit into one message."""
+    with streaming(server.port) as stream:
+        stream.send_together(*(pb.PredictItem(id=number) for number in range(1000)))
+        assert len(stream.answers(1000)) == 1000
+    assert len(stream.messages) > 1
+
+
 def test_a_large_message_of_small_requests_is_answered_whole_and_so_is_a_call_beside_it(server):
     """Twenty thousand requests, all wrong, in one message: many times what may be unanswered."""
     many = [pb.PredictItem(id=number) for number in range(20_000)]
