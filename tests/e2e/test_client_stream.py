@@ -414,17 +414,25 @@ def test_a_late_answer_is_ignored_and_the_server_told_to_stop(scripted, connect)
     assert (len(scripted.streams), scripted.calls) == (1, 0)
 
 
-def test_what_was_given_up_before_it_could_be_sent_is_never_sent(scripted, connect):
-    go_on = threading.Event()
+LARGE = np.zeros((2000, 2000, 3), np.uint8)
+"""An image that flow control does not let pass unread."""
 
-    def slow_reader(requests, _context):
+
+def after(go_on):
+    """A server's behaviour: it reads nothing until then."""
+
+    def behave(requests, _context):
         go_on.wait(20)
         yield from answer_all(requests, None)
 
-    scripted.script = [slow_reader]
+    return behave
+
+
+def test_what_was_given_up_before_it_could_be_sent_is_never_sent(scripted, connect):
+    go_on = threading.Event()
+    scripted.script = [after(go_on)]
     client = connect(scripted.address)
-    large = np.zeros((2000, 2000, 3), np.uint8)  # more than flow control lets pass unread
-    futures = [client.start("classify", large, timeout_s=0.5) for _ in range(4)]
+    futures = [client.start("classify", LARGE, timeout_s=0.5) for _ in range(4)]
     for future in futures:
         with pytest.raises(DeadlineExceeded):
             future.result(30)
@@ -437,24 +445,20 @@ def test_what_was_given_up_before_it_could_be_sent_is_never_sent(scripted, conne
 
 def test_requests_that_come_while_one_is_written_share_a_message_up_to_a_size(scripted, connect):
     go_on = threading.Event()
-
-    def slow_reader(requests, _context):
-        go_on.wait(20)
-        yield from answer_all(requests, None)
-
-    scripted.script = [slow_reader]
+    scripted.script = [after(go_on)]
     client = connect(scripted.address, timeout_s=60)
-    large = np.zeros((2000, 2000, 3), np.uint8)  # more than flow control lets pass unread
-    futures = [client.start("classify", large)]
-    until(lambda: scripted.streams)
-    time.sleep(0.3)  # it is being written
+    stream = client.client._transport._stream
+
+    def unwritten():
+        return None if stream._open is None else len(stream._open.requests._unwritten)
+
+    futures = [client.start("classify", LARGE)]
+    until(lambda: unwritten() == 0)  # it is being written
     futures += [client.start("classify", red_image(red, 200, 300)) for red in range(1, 8)]  # 180 kB each
-    time.sleep(0.3)
+    until(lambda: unwritten() == 7)
     go_on.set()
     assert [red_of(future) for future in futures] == [[red] for red in range(8)]
-    assert sum(scripted.messages) == 8
-    assert scripted.messages[0] == 1
-    assert max(scripted.messages) == 2  # three would be more than half a megabyte
+    assert scripted.messages == [1, 2, 2, 2, 1]  # three would be more than half a megabyte
 
 
 async def test_cancelling_an_await_takes_the_request_off_the_queue(gated):

@@ -263,7 +263,7 @@ def test_bounds_hold_within_a_message_too(gated, monkeypatch):
     stream, gate, queued = gated
     stream.send_together(*(pb.PredictItem(id=number, classify=raw_request(number)) for number in range(2, 6)))
     until(lambda: queued() == 2)
-    time.sleep(0.2)
+    time.sleep(0.2)  # in which the others would be refused, were they begun
     gate.touch()
     assert {number: red_of(answer) for number, answer in stream.answers(5).items()} == {
         number: number for number in range(1, 6)
