@@ -17,7 +17,7 @@ from vision_service.bench.http2 import (
     frame,
     status_of,
 )
-from vision_service.client.streaming import MESSAGE_BYTES
+from vision_service.client.unanswered import MESSAGE_BYTES
 from vision_service.errors import ModelUnavailable
 
 _LENGTH = struct.Struct(">BL")

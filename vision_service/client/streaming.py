@@ -10,112 +10,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.client.failures import AttemptFailed, Failure, failure_of
-
-W = TypeVar("W", bound="Future[Any] | asyncio.Future[Any]")
+from vision_service.client.unanswered import Requests, StreamFailed, read_answer, written
 
 Metadata = tuple[tuple[str, str], ...]
 
 _PREDICT = f"/{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/Predict"
-_STATUS_OF_CODE = {status.value[0]: status.name for status in grpc.StatusCode}
-
-MESSAGE_BYTES = 512 * 1024
-"""Requests share a message up to so many bytes; a larger one travels alone. With images of 114 kB four of them cost a
-server 0.20 to 0.23 ms each where one alone costs 0.34 to 0.40, and eight gain no more."""
 
 _LATE = Failure("DEADLINE_EXCEEDED", "Deadline Exceeded")
 _CLOSED = Failure("CANCELLED", "Channel closed!")
-_TOO_LARGE = Failure("RESOURCE_EXHAUSTED", "larger than a message may be")
 _ENDED = Failure("UNAVAILABLE", "the server ended the stream before it had answered")
-
-
-class StreamFailed(AttemptFailed):
-    """The stream ended before it had an answer to a request, or cannot take it."""
-
-    @property
-    def tells_of_server(self) -> bool:
-        """Whether a call would fail as well; otherwise the failure may be the stream's, or that of another request."""
-        return self.failure.status == "UNAVAILABLE"
-
-
-@dataclass(slots=True)
-class _Request(Generic[W]):
-    """A request without an answer.
-
-    Attributes:
-        message: as it travels; ``None`` once it was handed to gRPC.
-        answer: what its caller waits for: a ``PredictAnswer`` or a `StreamFailed`.
-    """
-
-    message: bytes | None
-    answer: W
-
-
-@dataclass(slots=True)
-class _Requests(Generic[W]):
-    """What has no answer yet on one stream. Threads need a lock around each use.
-
-    Attributes:
-        most_bytes: requests share a message up to so many.
-    """
-
-    most_bytes: int
-    _by_id: dict[int, _Request[W]] = field(default_factory=dict, init=False)
-    _unwritten: deque[int | bytes] = field(default_factory=deque, init=False)
-    """In order: ids of requests, and cancellations as they travel. A request whose caller gives up before it was
-    written is in the dictionary no more, so that it needs no memory and no time on the wire."""
-
-    def add(self, number: int, message: bytes, answer: W) -> None:
-        """Take in a request, to be written."""
-        self._by_id[number] = _Request(message, answer)
-        self._unwritten.append(number)
-
-    def next_parts(self) -> list[bytes]:
-        """What to write next. Joined these messages are one, which has the requests of all."""
-        parts: list[bytes] = []
-        size = 0
-        while self._unwritten:
-            first = self._unwritten[0]
-            request = None if isinstance(first, bytes) else self._by_id.get(first)
-            part = first if isinstance(first, bytes) else request and request.message
-            if part:
-                size += len(part)
-                if parts and size > self.most_bytes:
-                    break
-                parts.append(part)
-                if request is not None:
-                    request.message = None
-            self._unwritten.popleft()
-        return parts
-
-    def forget(self, number: int) -> bool:
-        """Wait for an answer no longer; whether there is a cancellation to be written, as the server may know of it."""
-        request = self._by_id.pop(number, None)
-        if request is None or request.message is not None:
-            return False
-        self._unwritten.append(_serialised(id=number, cancel=True))
-        return True
-
-    def answered(self, answers: Iterable[pb.PredictAnswer]) -> list[tuple[W, pb.PredictAnswer]]:
-        """Who waited for these answers; an answer that nobody waits for any more is left out."""
-        known = [(self._by_id.pop(answer.id, None), answer) for answer in answers]
-        return [(request.answer, answer) for request, answer in known if request is not None]
-
-    def give_up(self) -> list[W]:
-        """Who waits still."""
-        waiting = [request.answer for request in self._by_id.values()]
-        self._by_id.clear()
-        return waiting
 
 
 @dataclass(slots=True)
@@ -128,7 +41,7 @@ class _Open:
         ended: nothing more is written.
     """
 
-    requests: _Requests[Future[Any]]
+    requests: Requests[Future[Any]]
     news: threading.Condition
     ended: bool = False
 
@@ -172,7 +85,7 @@ class PredictStream:
             AttemptFailed: there is a failure instead of a result, or no answer in time.
         """
         number = next(self._ids)
-        message = _written(number, task, request, timeout_s, self._max_message_bytes)
+        message = written(number, task, request, timeout_s, self._max_message_bytes)
         waiting: Future[Any] = Future()
         with self._lock:
             if self._closed:
@@ -189,7 +102,7 @@ class PredictStream:
             with self._lock:
                 if opened.requests.forget(number):
                     opened.news.notify()
-        return _read_answer(answer, task)
+        return read_answer(answer, task)
 
     def stop(self) -> None:
         """Open no further stream. What waits is told when the channel is closed."""
@@ -202,7 +115,7 @@ class PredictStream:
             self._reader.join()
 
     def _open_another(self) -> _Open:
-        requests: _Requests[Future[Any]] = _Requests(min(MESSAGE_BYTES, self._max_message_bytes))
+        requests: Requests[Future[Any]] = Requests(self._max_message_bytes)
         opened = _Open(requests, threading.Condition(self._lock))
         call = self._predict(self._messages(opened), metadata=self._metadata)
         self._reader = threading.Thread(target=self._read, args=(opened, call), name="predict-stream", daemon=True)
@@ -258,7 +171,7 @@ class _AsyncOpen:
     """
 
     call: Any
-    requests: _Requests[asyncio.Future[Any]]
+    requests: Requests[asyncio.Future[Any]]
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -278,7 +191,7 @@ class AsyncPredictStream:
     async def ask(self, task: str, request: Any, timeout_s: float) -> tuple[Any, str]:
         """See `PredictStream.ask`. When the waiting coroutine is cancelled, so is the request on the server."""
         number = next(self._ids)
-        message = _written(number, task, request, timeout_s, self._max_message_bytes)
+        message = written(number, task, request, timeout_s, self._max_message_bytes)
         if self._closed:
             raise StreamFailed(_CLOSED)
         opened = self._open or self._open_another()
@@ -294,7 +207,7 @@ class AsyncPredictStream:
         finally:
             if opened.requests.forget(number):
                 opened.news.set()
-        return _read_answer(answer, task)
+        return read_answer(answer, task)
 
     async def close(self) -> None:
         """End the stream; whoever waits is cancelled, as gRPC does with calls under way on a channel that is closed."""
@@ -305,7 +218,7 @@ class AsyncPredictStream:
             await asyncio.wait(self._tasks)
 
     def _open_another(self) -> _AsyncOpen:
-        requests: _Requests[asyncio.Future[Any]] = _Requests(min(MESSAGE_BYTES, self._max_message_bytes))
+        requests: Requests[asyncio.Future[Any]] = Requests(self._max_message_bytes)
         self._open = opened = _AsyncOpen(self._predict(metadata=self._metadata), requests)
         writer = asyncio.ensure_future(self._write(opened))
         reader = asyncio.ensure_future(self._read(opened, writer))
@@ -357,49 +270,3 @@ class AsyncPredictStream:
 def _method(channel: Any) -> Any:
     """Predict, for requests that are serialised already: protobuf tells their size by doing just that."""
     return channel.stream_stream(_PREDICT, response_deserializer=pb.PredictResponse.FromString)
-
-
-def _written(number: int, task: str, request: Any, timeout_s: float, max_message_bytes: int) -> bytes:
-    """A request as it travels.
-
-    Raises:
-        StreamFailed: it is larger than a message may be. gRPC would end the stream for it, and all others on it fail.
-    """
-    # 0 would mean no deadline. The largest, `retry.LONGEST_S`, fits into 32 bits.
-    message = _serialised(id=number, timeout_ms=max(1, int(1000 * timeout_s)), **{task: request})
-    if len(message) > max_message_bytes:
-        raise StreamFailed(_TOO_LARGE)
-    return message
-
-
-def _serialised(**fields: Any) -> bytes:
-    """A message with one request, of these fields."""
-    request = pb.PredictRequest()
-    request.items.add(**fields)  # copies the image once; an item made beforehand would be copied again
-    message: bytes = request.SerializeToString()
-    return message
-
-
-def _read_answer(answer: pb.PredictAnswer | StreamFailed, task: str) -> tuple[Any, str]:
-    """The reply to a request, and the request id.
-
-    Raises:
-        AttemptFailed: there is none.
-    """
-    if isinstance(answer, StreamFailed):
-        raise answer
-    kind = answer.WhichOneof("answer")
-    if kind == task:
-        return getattr(answer, kind), answer.request_id
-    if kind != "failure":
-        problem = f"the server's answer to {task} is {kind or 'empty'}"
-        raise AttemptFailed(Failure("UNKNOWN", problem, request_id=answer.request_id))
-    failure = answer.failure
-    raise AttemptFailed(
-        Failure(
-            status=_STATUS_OF_CODE.get(failure.code, "UNKNOWN"),
-            message=failure.message,
-            pushback_ms=failure.retry_after_ms if failure.HasField("retry_after_ms") else None,
-            request_id=answer.request_id,
-        )
-    )

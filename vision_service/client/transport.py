@@ -19,7 +19,8 @@ from vision_service.api.v1 import vision_pb2_grpc
 from vision_service.client.failures import AttemptFailed, failure_of, request_id_in, to_error
 from vision_service.client.replies import read_reply
 from vision_service.client.retry import Attempts, RetryPolicy
-from vision_service.client.streaming import AsyncPredictStream, Metadata, PredictStream, StreamFailed
+from vision_service.client.streaming import AsyncPredictStream, Metadata, PredictStream
+from vision_service.client.unanswered import StreamFailed
 from vision_service.errors import InvalidInput, ModelUnavailable
 from vision_service.types import Task
 
