@@ -24,7 +24,7 @@ from statistics import median
 import cv2
 import numpy as np
 
-from vision_service.bench.cpu import memory_mb
+from vision_service.bench.cpu import cpu_model, memory_mb
 from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import STATUS_NAMES
 from vision_service.bench.plan import Setup, Variant
@@ -52,6 +52,7 @@ def main() -> None:
     first, *beside = MODELS
     with server(Setup(), Variant(first, arguments.runtime, arguments.precision), beside) as target:
         found = soak(target, mixed_images(photos), arguments.calls)
+    found = {"processor": cpu_model(), "precision": arguments.precision, **found}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "rss_mb"}, indent=1))
     sys.exit(0 if found["growth"] < ALLOWED else 1)

@@ -4,7 +4,8 @@
     python benchmarks/peers/run.py --model mobilenet_v2 --row openvino:bf16 --images FOLDER --output results.json
 
 Every system runs alone, the others are stopped. vision-service is measured first and again last, so that a machine that
-drifts shows. Results of several runs may go into one file: rows that are measured again replace the older ones.
+drifts shows, by calls and on a stream in turn. Results of several runs may go into one file: rows that are measured
+again replace the older ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,7 +34,7 @@ from photos import read_jpegs
 
 from vision_service.bench import served
 from vision_service.bench.cpu import cpu_model
-from vision_service.bench.load import Load, run_load
+from vision_service.bench.load import Load, LoadResult, run_load
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.stats import Percentiles
 from vision_service.engine.threads import usable_cores
@@ -65,6 +66,8 @@ PEERS = {
     "ray": Peer("ray", "/#raw", 1),
 }
 SYSTEMS = ("vision-service", "loop", *PEERS)
+STREAM = "vision-service-stream"
+"""The same server, whose requests come on one stream of Predict; measured in turn with calls."""
 
 
 def main() -> None:
@@ -98,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tune", action="store_true", help="try every peer with one worker and with one a core")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "peers-bf16.json")
     arguments = parser.parse_args()
     arguments.model = arguments.model or ["mobilenet_v2", "resnet50"]
     arguments.row = arguments.row or ["eager:fp32", "openvino:fp32", "openvino:bf16"]
@@ -109,7 +112,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(arguments, model: str, runtime: str, precision: str, images: list[bytes]) -> Iterator[dict]:
     """A result for each system; our own speed is that of the first and the last place in the order."""
-    ours: list[dict] = []
+    ours: list[dict[str, dict]] = []
     order = [one for one in arguments.system if one != "vision-service"]
     if "vision-service" in arguments.system:
         order = ["vision-service", *order, "vision-service"]
@@ -117,15 +120,21 @@ def _measure(arguments, model: str, runtime: str, precision: str, images: list[b
         for workers in _workers(system, arguments.tune):
             print(f"{model} {runtime} {precision}: {system}, {workers} workers", file=sys.stderr)
             what = {"model": model, "runtime": runtime, "precision": precision, "system": system, "workers": workers}
-            loads = _loads(arguments, what, images)
             if system == "vision-service":
-                ours.append(loads)
-                loads = {load: ours[0][load] + ours[-1][load] for load in loads} if len(ours) > 1 else loads
+                ours.append(_ours(arguments, what, images))
                 if len(ours) == 1:
                     continue
-            found = {load: _summary(rounds) for load, rounds in loads.items()}
-            print(f"  { ({load: one['images_per_s'] for load, one in found.items()}) }", file=sys.stderr)
-            yield {**what, "loads": found, "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+                first, last = ours
+                found = {name: {load: first[name][load] + last[name][load] for load in last[name]} for name in last}
+            else:
+                found = {system: _loads(arguments, what, images)}
+            for name, loads in found.items():
+                summaries = {load: _summary(rounds) for load, rounds in loads.items()}
+                print(
+                    f"  {name}: { ({load: one['images_per_s'] for load, one in summaries.items()}) }", file=sys.stderr
+                )
+                measured = datetime.now(UTC).isoformat(timespec="seconds")
+                yield {**what, "system": name, "loads": summaries, "measured": measured}
 
 
 def _workers(system: str, tune: bool) -> tuple[int, ...]:
@@ -135,10 +144,8 @@ def _workers(system: str, tune: bool) -> tuple[int, ...]:
 
 
 def _loads(arguments, what: dict, images: list[bytes]) -> dict[str, list[dict]]:
-    """Rounds of measurements, by the number of calls in flight."""
+    """Rounds of measurements of a peer or the loop, by the number of calls in flight."""
     system = what["system"]
-    if system == "vision-service":
-        return _ours(arguments, what, images)
     with _process(what) as (process, port):
         if system == "loop":
             rounds = [_loop_round(process, arguments) for _ in range(arguments.rounds)]
@@ -147,7 +154,7 @@ def _loads(arguments, what: dict, images: list[bytes]) -> dict[str, list[dict]]:
         answer = _wait(process, address, path, images[0])
         _check(what, answer)
         load = Load(address, path, images, seconds=arguments.seconds, wire=HttpConnection)
-        return _rounds(arguments, lambda in_flight: run_load(replace(load, in_flight=in_flight)))
+        return _rounds(arguments, {system: lambda in_flight: run_load(replace(load, in_flight=in_flight))})[system]
 
 
 ANSWERS: dict[tuple, list[list]] = {}
@@ -166,31 +173,40 @@ def _check(what: dict, answer: list[list]) -> None:
         )
 
 
-def _ours(arguments, what: dict, images: list[bytes]) -> dict[str, list[dict]]:
+def _ours(arguments, what: dict, images: list[bytes]) -> dict[str, dict[str, list[dict]]]:
+    """The same of our server, by calls and on a stream."""
     # Runtime torch is eager too, but channels-last: what vision-service does where there is no OpenVINO.
     runtime = "torch" if what["runtime"] == "eager" else what["runtime"]
     variant = Variant(what["model"], runtime, what["precision"])
     plan = Plan([variant], SETUP, images, seconds=arguments.seconds)
     with served.server(SETUP, variant) as target:
-        return _rounds(arguments, lambda in_flight: target.load(plan, in_flight=in_flight))
+        ways = {"vision-service": False, STREAM: True}
+        loads = {
+            name: lambda in_flight, streamed=streamed: target.load(plan, streamed=streamed, in_flight=in_flight)
+            for name, streamed in ways.items()
+        }
+        return _rounds(arguments, loads)
 
 
-def _rounds(arguments, load) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {str(in_flight): [] for in_flight in arguments.in_flight}
+def _rounds(arguments, ways: dict[str, Callable[[int], LoadResult]]) -> dict[str, dict[str, list[dict]]]:
+    """Rounds of measurements, by the way that is loaded and the number of calls in flight; the ways take turns."""
+    found = {name: {str(in_flight): [] for in_flight in arguments.in_flight} for name in ways}
     for _ in range(arguments.rounds):
         for in_flight in arguments.in_flight:
-            result = load(in_flight)
-            late = Percentiles.of(result.latencies_s.get("OK", ()))
-            found[str(in_flight)].append(
-                {
-                    "images_per_s": result.in_time / result.seconds,
-                    "p50_ms": late.p50 if late else 0.0,
-                    "p99_ms": late.p99 if late else 0.0,
-                    "failed": result.ended - len(result.latencies_s.get("OK", ())),
-                    "generator_ms": 1000 * result.generator_cpu_s / max(1, result.in_time),
-                }
-            )
+            for name, load in ways.items():
+                found[name][str(in_flight)].append(_figures(load(in_flight)))
     return found
+
+
+def _figures(result: LoadResult) -> dict:
+    late = Percentiles.of(result.latencies_s.get("OK", ()))
+    return {
+        "images_per_s": result.in_time / result.seconds,
+        "p50_ms": late.p50 if late else 0.0,
+        "p99_ms": late.p99 if late else 0.0,
+        "failed": result.ended - len(result.latencies_s.get("OK", ())),
+        "generator_ms": 1000 * result.generator_cpu_s / max(1, result.in_time),
+    }
 
 
 def _loop_round(process: subprocess.Popen, arguments) -> dict:

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
 from vision_service.api.v1 import vision_pb2 as pb
+from vision_service.bench import inprocess
 from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import Load, generate
+from vision_service.bench.plan import Setup, Variant
 from vision_service.bench.report import Report
 from vision_service.bench.stream import StreamConnection
 from vision_service.cli import app
@@ -83,6 +85,16 @@ def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_pat
     assert report.plan["images"] == 5
     assert "served, 4 in flight" in result.stdout
     assert "on a stream, 4 in flight" in result.stdout
+
+
+def test_the_pipeline_can_be_given_the_servers_batch(manifest, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(PLUGINS))
+    setup = Setup(manifests=(manifest,), device="cpu")
+    photo = cv2.imencode(".png", red_image(5)[..., ::-1])[1].tobytes()
+    for most, chosen in ((0, 8), (2, 2)):  # tiny's batches cost the same whatever their size
+        with inprocess.worker(setup, Variant("tiny"), [photo], most) as worker:
+            assert worker.about["max_batch_size"] == chosen
+            assert max(worker("pipeline", 16, 0.1, 0.3).batch_sizes) <= chosen
 
 
 def test_a_server_that_runs_already(bench, address):

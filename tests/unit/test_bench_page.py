@@ -98,17 +98,42 @@ def test_what_is_streamed_has_verdicts_of_its_own():
     assert found[", on a stream: 3 x capacity: goodput / capacity >= 0.9"].note.startswith("0.950")
 
 
+def run_of(*rows):
+    machine = {"processor": "A processor", "cores": 2, "versions": {"mosec": "1.0"}}
+    return {"machine": machine, "rows": [{**row, "measured": "2026-01-02T03:04:05+00:00"} for row in rows]}
+
+
 def test_the_best_peer_counts_and_the_loop_is_none():
     rows = [row("vision-service", 125.0), row("mosec", 90.0), row("mosec", 100.0, workers=2), row("loop", 400.0)]
-    (found,) = page._peer_verdicts(rows)
+    (found,) = page._peer_verdicts(run_of(*rows))
     assert (found.value, found.met) == ("1.25", True)
+    assert "A processor" in found.note
     rows.append(row("ray", 101.0))
-    (found,) = page._peer_verdicts(rows)
+    (found,) = page._peer_verdicts(run_of(*rows))
     assert not found.met
     assert "Ray Serve" in found.note
     rows.append(row("litserve", 30.0, runtime="eager", precision="fp32"))
-    eager = list(page._peer_verdicts(rows))[-1]
+    eager = list(page._peer_verdicts(run_of(*rows)))[-1]
     assert (eager.value, eager.met) == ("4.17", False)
+
+
+def test_what_is_served_on_a_stream_is_compared_as_well_and_is_no_peer():
+    rows = [row("vision-service", 120.0), row("vision-service-stream", 130.0), row("mosec", 100.0)]
+    calls, stream = page._peer_verdicts(run_of(*rows))
+    assert (calls.value, calls.met) == ("1.20", False)
+    assert (stream.value, stream.met) == ("1.30", True)
+    assert ", on a stream" in stream.text
+
+
+def test_eager_peers_are_compared_with_our_fastest_precision():
+    eager = row("mosec", 20.0, runtime="eager", precision="fp32")
+    in_fp32 = [row("vision-service", 90.0, precision="fp32"), row("mosec", 80.0, precision="fp32")]
+    found = met(page._peer_verdicts(run_of(eager, *in_fp32)))
+    assert found == {"served / best peer >= 1.25": False, "served / best peer >= 5": False}
+    assert "ours in fp32" in list(page._peer_verdicts(run_of(eager, *in_fp32)))[-1].text
+    *_, last = page._peer_verdicts(run_of(eager, *in_fp32, row("vision-service", 110.0), row("mosec", 85.0)))
+    assert (last.value, last.met) == ("5.50", True)
+    assert "ours in bf16" in last.text
 
 
 def test_memory():
@@ -125,6 +150,10 @@ def test_tables_and_chart(tmp_path):
     assert "| ResNet-50 | OpenVINO bf16 | bare loop |  | 200.0" in table
     page.draw(rows, tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()
+    runs = page._peers([run_of(*rows), run_of(row("ray", 1.0, precision="fp32"))])
+    assert runs.count("A processor, 2 cores; mosec 1.0; 2026-01-02:") == 2
+    assert "| MobileNetV2 | OpenVINO fp32 | Ray Serve |" in runs
+    assert "no result yet" in page._peers([])
     stages = {"decode": 1.0, "forward": 2.5}
     assert "| 3.50 |" in page._stages_table([model(stages_cpu_ms=stages)])
     assert "100.0 (100.0 to 100.0)" in page._models_table([model()])

@@ -215,15 +215,21 @@ class Worker:
 
 
 @contextmanager
-def worker(setup: Setup, variant: Variant, images: Sequence[bytes]) -> Iterator[Worker]:
+def worker(setup: Setup, variant: Variant, images: Sequence[bytes], max_batch_size: int = 0) -> Iterator[Worker]:
     """A process with the model loaded; it ends on the way out.
+
+    Args:
+        setup: how models are found and run.
+        variant: the model.
+        images: encoded files.
+        max_batch_size: most images in a batch, instead of what the settings say; 0: as they say.
 
     Raises:
         VisionError: the model could not be loaded.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, setup, variant, images), daemon=True)
+    process = context.Process(target=_main, args=(theirs, setup, variant, images, max_batch_size), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -242,10 +248,13 @@ def _received(pipe: Connection) -> Any:
     return answer
 
 
-def _main(pipe: Connection, setup: Setup, variant: Variant, images: Sequence[bytes]) -> None:
+def _main(pipe: Connection, setup: Setup, variant: Variant, images: Sequence[bytes], max_batch_size: int) -> None:
     try:
         settings = setup.settings(variant)
         specs = resolve_specs(settings)
+        if max_batch_size:
+            batching = specs[0].batching.model_copy(update={"max_batch_size": max_batch_size})
+            specs[0] = specs[0].model_copy(update={"batching": batching})
         pull_missing(specs, settings)
         with build_pipeline(settings, specs) as pipeline:
             bench = Bench(pipeline, pipeline.catalog.load(specs[0]), images)

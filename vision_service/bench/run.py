@@ -90,14 +90,17 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
     over_network = bool({"served", "streamed", "single", "open", "overload"} & set(plan.measures))
     with ExitStack() as stack:
         worker = target = None
-        if in_process:
-            say(f"{variant}: loading it in process")
-            worker = stack.enter_context(inprocess.worker(plan.setup, variant, plan.images))
         if over_network:
             say(f"{variant}: {'asking' if plan.address else 'starting'} the server")
             target = stack.enter_context(
                 served.running(plan.address, variant.model) if plan.address else served.server(plan.setup, variant)
             )
+        if in_process:
+            say(f"{variant}: loading it in process")
+            # Where sizes cost about the same, two starts may choose different batches, and it is not they that are
+            # to be compared.
+            batch = target.info.max_batch_size if target is not None else 0
+            worker = stack.enter_context(inprocess.worker(plan.setup, variant, plan.images, batch))
         rounds = Rounds()
         for number in range(plan.rounds):
             say(f"{variant}: round {number + 1} of {plan.rounds}")
