@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,3 +90,33 @@ def tiny_manifest(folder: Path, **models: str) -> Path:
     manifest = folder / "manifest.toml"
     manifest.write_text("\n".join(tables))
     return manifest
+
+
+@contextmanager
+def relay(address: str) -> Iterator[tuple[str, list[str]]]:
+    """A gRPC server that passes bytes on to another one. Gives its address and the names of the methods called."""
+    import grpc
+
+    called: list[str] = []
+    with grpc.insecure_channel(address) as channel:
+
+        class Relay(grpc.GenericRpcHandler):
+            def service(self, details):
+                called.append(details.method.rpartition("/")[2])
+                beyond = channel.stream_stream(details.method)
+
+                def passing(requests, context):
+                    try:
+                        yield from beyond(requests)
+                    except grpc.RpcError as error:
+                        context.abort(error.code(), error.details())
+
+                return grpc.stream_stream_rpc_method_handler(passing)
+
+        server = grpc.server(ThreadPoolExecutor(16), handlers=(Relay(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}", called
+        finally:
+            server.stop(None).wait()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
 from vision_service.api.v1 import vision_pb2 as pb
-from vision_service.bench import inprocess
+from vision_service.bench import inprocess, load
 from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import Load, generate
 from vision_service.bench.plan import Setup, Variant
@@ -38,6 +38,19 @@ def address(manifest):
         yield f"127.0.0.1:{server.port}"
 
 
+@pytest.fixture
+def gated(tmp_path):
+    """The address of a server whose network waits, and what lets it go on."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    manifest = tiny_manifest(tmp_path, gated=f'options = {{gate = "{gate}"}}')
+    settings = ServerSettings.read(host="127.0.0.1", port=0, manifests=(manifest,), models=("gated",))
+    with run_server(settings) as server:
+        gate.unlink()
+        yield f"127.0.0.1:{server.port}", gate.touch
+        gate.touch()
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
@@ -57,6 +70,15 @@ def bench(photos, tmp_path):
         return result, Report.read(file) if file.exists() else None
 
     return run
+
+
+@pytest.fixture
+def in_process(manifest, monkeypatch):
+    """Starts a worker with a model and a batch."""
+    monkeypatch.setenv("PYTHONPATH", os.fspath(PLUGINS))
+    photo = cv2.imencode(".png", red_image(5)[..., ::-1])[1].tobytes()
+    setup = Setup(manifests=(manifest,), device="cpu")
+    return lambda model, batch: inprocess.worker(setup, Variant(model), [photo], batch)
 
 
 def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_path, monkeypatch):
@@ -87,14 +109,18 @@ def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_pat
     assert "on a stream, 4 in flight" in result.stdout
 
 
-def test_the_pipeline_can_be_given_the_servers_batch(manifest, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.fspath(PLUGINS))
-    setup = Setup(manifests=(manifest,), device="cpu")
-    photo = cv2.imencode(".png", red_image(5)[..., ::-1])[1].tobytes()
-    for most, chosen in ((0, 8), (2, 2)):  # tiny's batches cost the same whatever their size
-        with inprocess.worker(setup, Variant("tiny"), [photo], most) as worker:
-            assert worker.about["max_batch_size"] == chosen
-            assert max(worker("pipeline", 16, 0.1, 0.3).batch_sizes) <= chosen
+def test_the_pipeline_has_the_batch_that_it_is_given(in_process):
+    for batch, expected in ((0, 8), (2, 2), (3, 3)):  # tiny's batches cost the same whatever their size
+        with in_process("tiny", batch) as worker:
+            assert worker.about["max_batch_size"] == expected
+            assert max(worker("pipeline", 16, 0.1, 0.3).batch_sizes) <= expected
+
+
+def test_a_call_that_the_pipeline_refuses_is_counted(in_process):
+    with in_process("slow", 0) as worker:  # lets two wait
+        found = worker("pipeline", 30, 0.1, 0.3)
+    assert found.failed > 0
+    assert found.latencies_s
 
 
 def test_a_server_that_runs_already(bench, address):
@@ -145,6 +171,17 @@ def test_overload_on_a_stream(bench, address):
     assert model.streamed_overload.failed.keys() == {"RESOURCE_EXHAUSTED"}
     assert model.streamed_goodput_over_capacity.median > 0
     assert "on a stream, 5 x as many" in result.stdout
+
+
+def test_calls_that_are_never_answered_are_counted(gated, monkeypatch):
+    monkeypatch.setattr(load, "DRAIN_S", 0.2)
+    address, open_gate = gated
+    request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
+    found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=3, warmup_s=0.1, seconds=0.2))
+    open_gate()
+    assert len(found.latencies_s["UNANSWERED"]) == 3
+    assert min(found.latencies_s["UNANSWERED"]) > 0.2
+    assert found.in_time == 0
 
 
 def test_compare(bench, address, tmp_path):

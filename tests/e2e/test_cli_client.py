@@ -9,7 +9,7 @@ import cv2
 import pytest
 from typer.testing import CliRunner
 
-from tests.helpers import red_image, run_server, tiny_manifest
+from tests.helpers import red_image, relay, run_server, tiny_manifest
 from vision_service.cli import app
 from vision_service.config.settings import ServerSettings
 
@@ -51,6 +51,23 @@ def test_results_in_the_order_of_the_files(address, photos, tmp_path):
     assert all(row["request_id"] for row in rows)
     assert lines((output / "results.jsonl").read_text()) == rows
     assert len(list(output.glob("*.tiny.jpg"))) == 5
+
+
+def test_images_travel_on_a_stream_or_in_calls(address, photos):
+    (photos / "6.jpg").write_bytes(b"not an image")
+    with relay(address) as (beside, called):
+        calls = run("client", "classify", photos, "--address", beside, "--json")
+        assert called.count("Classify") == 6
+        assert "Predict" not in called
+        called.clear()
+        stream = run("client", "classify", photos, "--address", beside, "--json", "--stream")
+        assert called.count("Predict") == 1
+        assert "Classify" not in called
+    for result in (calls, stream):
+        assert result.exit_code == 1
+        rows = lines(result.stdout)
+        assert [row["classes"][0]["class_name"] for row in rows[:5]] == [f"red {red}" for red in range(1, 6)]
+        assert rows[5]["error"] == "InvalidImage"
 
 
 def test_model_and_version_are_asked_for(address, photos):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests import datasets_made as made
 from tests.coco_by_hand import coco_stats, guesses_of, voc_to_coco
-from tests.helpers import ROOT, run_server, tiny_manifest
+from tests.helpers import ROOT, relay, run_server, tiny_manifest
 from vision_service.cli import app
 from vision_service.client import VisionClient
 from vision_service.config.settings import ServerSettings
@@ -221,6 +221,7 @@ def test_sizes_that_differ_from_the_annotation_are_noted(tmp_path):
         ([], "say which MODEL on which DATASET"),
         (["nanodet_g", "{voc}", "--version", "2"], "version: has no effect here"),
         (["nanodet_g", "{voc}", "--address", "x:1", "--device", "cpu"], "device: has no effect here"),
+        (["nanodet_g", "{voc}", "--stream"], "stream: has no effect here: it is for --address"),
         (
             ["mobilenet_v2", "{voc}", "--format", "csv", "--max-detections", "5"],
             "no effect on classify, only on detect",
@@ -268,6 +269,20 @@ def test_models_of_manifests_and_larger_batches(tmp_path):
     report = Report.read(tmp_path / "r.json")
     assert report.metrics["top1"] == 0.0
     assert report.classes["only_in_dataset"] == ["Egyptian_cat", "space_shuttle"]
+
+
+def test_images_travel_on_a_stream_or_in_calls(address, tmp_path):
+    root = made.make_voc(tmp_path / "data")
+    reports = []
+    with relay(address) as (beside, called):
+        for more, expected, other in (([], "Detect", "Predict"), (["--stream"], "Predict", "Detect")):
+            called.clear()
+            file = tmp_path / "r.json"
+            done("nanodet_g", root, "--address", beside, "--concurrency", 1, "--report", file, *more)
+            reports.append(Report.read(file))
+            assert expected in called
+            assert other not in called
+    same_report(*reports)
 
 
 def test_a_server_that_is_not_there_stops_the_run(tmp_path):

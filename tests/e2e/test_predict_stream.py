@@ -1,11 +1,12 @@
 """Predict on a real server and a real channel: many requests on one stream, each answered by itself."""
 
+import gc
 import logging
 import queue
 import random
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import pytest
@@ -16,7 +17,9 @@ from tests.helpers import red_image, run_server, until
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.config.settings import ServerSettings
-from vision_service.server import streams
+from vision_service.engine import call
+from vision_service.engine.queue import Job
+from vision_service.server import codec, streams
 
 CODE = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -323,6 +326,46 @@ def test_a_stream_whose_caller_reads_no_answers_is_not_read_further(
         assert done() < 30
         answers = stream.answers(60)
         assert all(answer.translate.image.raw.data == image.tobytes() for answer in answers.values())
+
+
+def test_images_that_did_not_fit_into_memory_have_a_line_each(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vision_service.access")
+    with run_server(settings(tmp_path, {"tiny": "options = {oom_red = 13}"})) as running:
+        with streaming(running.port) as stream:
+            for number in range(30):
+                stream.send(number, raw_request(13))
+            answers = stream.answers(30)
+            assert {CODE[answer.failure.code] for answer in answers.values()} == {"RESOURCE_EXHAUSTED"}
+        wanted = {answer.request_id for answer in answers.values()}
+        until(lambda: wanted <= {r.request_id for r in caplog.records if hasattr(r, "duration_ms")})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_was_asked_for_is_freed_when_it_is_answered(server, streamed):
+    """Without Python's collector, which comes late: the images of hundreds of requests would wait for it."""
+    requests = [raw_request(1), raw_request(1, top_k=0), BAD["truncated JPEG"][0], raw_request(1)]
+    kinds = codec.Call, call.Call, streams._Request, Job
+
+    def kept():
+        return sum(type(one) in kinds for one in gc.get_objects())
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = pb_grpc.VisionServiceStub(channel)
+        gc.collect()
+        gc.disable()
+        try:
+            if streamed:
+                with streaming(server.port) as stream:
+                    for number in range(40):
+                        stream.send(number, requests[number % 4])
+                    assert len(stream.answers(40)) == 40
+            else:
+                for number in range(40):
+                    with suppress(grpc.RpcError):
+                        stub.Classify(requests[number % 4])
+            until(lambda: kept() <= 2, "requests are kept")  # a thread may have the last one in hand
+        finally:
+            gc.enable()
 
 
 def test_each_request_has_a_line_in_the_log_and_so_has_the_stream(server, caplog):

@@ -3,7 +3,8 @@
 The network answers with the image's mean red value, so whoever sent an image knows which answer is its own.
 Option `gate`: the forward pass waits until the file of that name exists, and says so by a file
 `NAME.entered`. Option `fail_red`: an image of that red
-value makes the network raise. `SEEN` counts the images that reached a network, by red value.
+value makes the network raise; `oom_red`, likewise, as if memory ran out. `SEEN` counts the images that reached a
+network, by red value.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ BATCHES: list[int] = []
 
 
 class TinyNetwork(nn.Module):
-    def __init__(self, gate: str, fail_red: int, sleep_s: float) -> None:
+    def __init__(self, gate: str, fail_red: int, oom_red: int, sleep_s: float) -> None:
         super().__init__()
-        self.gate, self.fail_red, self.sleep_s = gate, fail_red, sleep_s
+        self.gate, self.fail_red, self.oom_red, self.sleep_s = gate, fail_red, oom_red, sleep_s
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
@@ -42,6 +43,8 @@ class TinyNetwork(nn.Module):
         time.sleep(self.sleep_s)
         if self.fail_red in reds.int().tolist():
             raise ValueError("this red is not to my taste")
+        if self.oom_red in reds.int().tolist():
+            raise torch.OutOfMemoryError("told to")
         return reds
 
 
@@ -52,7 +55,8 @@ class TinyBackend(Backend):
         options = self.spec.options
         if options.get("refuse_to_build"):
             raise RuntimeError("told to fail")
-        return TinyNetwork(options.get("gate", ""), options.get("fail_red", -1), options.get("sleep_s", 0.0))
+        reds = (options.get(name, -1) for name in ("fail_red", "oom_red"))
+        return TinyNetwork(options.get("gate", ""), *reds, options.get("sleep_s", 0.0))
 
     def postprocess(self, outputs, metas, params):
         (reds,) = outputs

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
@@ -100,6 +101,23 @@ def test_an_error_is_raised_and_kept_by_nothing():
     gc.disable()
     try:
         assert run(main)() is None
+    finally:
+        gc.enable()
+
+
+def test_a_future_is_freed_with_its_answer():
+    async def main(_):
+        future = Future()
+        known = weakref.ref(future)
+        (task,) = await waiting(Arrivals(), [future])
+        in_a_thread(partial(future.set_result, 1)).join()
+        del future
+        return await asyncio.wait_for(task, 10), known
+
+    gc.disable()
+    try:
+        answer, known = run(main)
+        assert (answer, known()) == (1, None)
     finally:
         gc.enable()
 

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, wait
 import pytest
 
 from vision_service.engine.batcher import Batcher
-from vision_service.engine.queue import BatchLimits
+from vision_service.engine.queue import BatchLimits, Job, JobQueue
 from vision_service.engine.threads import ForwardGate, GateShare
 from vision_service.engine.together import once_at_end
 from vision_service.errors import DeadlineExceeded, DeviceOutOfMemory, InferenceFailed, ModelUnavailable, QueueFull
@@ -162,6 +162,23 @@ def test_cancelled_job_gives_its_place_back_and_never_runs(make, executor):
     with pytest.raises(CancelledError):
         cancelled.result(0)
     assert executor.seen == [0, 2]
+
+
+def test_a_number_is_never_given_twice():
+    """`id` is: it is an address, and what was freed there makes room for the next job."""
+    jobs = JobQueue(BatchLimits(max_queued_jobs=10**6))
+    gone = Job("gone", None, 0, None)
+    number, address = gone.number, id(gone)
+    jobs.add(gone)
+    jobs.remove([gone])
+    del gone
+    kept = []
+    while not kept or id(kept[-1]) != address:
+        assert len(kept) < 10**5, "no job came to lie there"
+        kept.append(Job("new", None, 0, None))
+        jobs.add(kept[-1])
+    jobs.discard(None, number)
+    assert len(jobs) == len(kept)
 
 
 def test_halving_finds_the_job_at_fault_and_answers_its_mates(make, executor):

@@ -58,7 +58,9 @@ class TestRequests:
     )
     def test_an_image_alone_chooses_nothing(self, request_type, task):
         call = READ[request_type](request_type(image=IMAGE))
-        assert call == codec.Call(task, ModelSelector("", ""), b"jpeg", ParamOverrides(), "coco_rle", "png", 90)
+        assert call == codec.Call(
+            codec.ReplyForm(task, "coco_rle", "png", 90), ModelSelector("", ""), b"jpeg", ParamOverrides()
+        )
 
     def test_everything_that_can_be_chosen(self):
         selector = pb.ModelSelector(name="net", version="3")
@@ -121,11 +123,13 @@ class TestRequests:
 
     def test_encodings(self):
         for value, word in [(0, "coco_rle"), (1, "coco_rle"), (2, "polygon"), (3, "png")]:
-            assert codec.read_segment(pb.SegmentRequest(image=IMAGE, mask_encoding=value)).mask_encoding == word
+            assert codec.read_segment(pb.SegmentRequest(image=IMAGE, mask_encoding=value)).form.mask_encoding == word
         for value, word in [(0, "png"), (1, "png"), (2, "jpeg"), (3, "webp"), (4, "raw")]:
-            assert codec.read_translate(pb.TranslateRequest(image=IMAGE, image_encoding=value)).image_encoding == word
+            assert (
+                codec.read_translate(pb.TranslateRequest(image=IMAGE, image_encoding=value)).form.image_encoding == word
+            )
         request = pb.TranslateRequest(image=IMAGE, image_encoding=pb.IMAGE_ENCODING_JPEG, quality=1)
-        assert codec.read_translate(request).quality == 1
+        assert codec.read_translate(request).form.quality == 1
 
     def test_model_requests(self):
         assert codec.read_list_models(pb.ListModelsRequest()) is None
@@ -253,16 +257,16 @@ class TestReplies:
     def test_write_reply_follows_the_call(self):
         found = result(SegmentationMap(np.eye(4, 6, dtype=np.uint8), ("background", "line"), 0))
         call = codec.read_segment(pb.SegmentRequest(image=IMAGE, mask_encoding=pb.MASK_ENCODING_PNG))
-        (segment,) = replies.write_reply(found, call).segments
+        (segment,) = replies.write_reply(found, call.form).segments
         assert segment.mask.WhichOneof("encoding") == "png"
         image = result(TranslatedImage(np.zeros((4, 6, 3), np.uint8)))
         call = codec.read_translate(pb.TranslateRequest(image=IMAGE, image_encoding=pb.IMAGE_ENCODING_RAW))
-        assert replies.write_reply(image, call).image.WhichOneof("source") == "raw"
+        assert replies.write_reply(image, call.form).image.WhichOneof("source") == "raw"
         call = codec.read_detect(pb.DetectRequest(image=IMAGE))
-        assert isinstance(replies.write_reply(result(detections(1)), call), pb.DetectResponse)
+        assert isinstance(replies.write_reply(result(detections(1)), call.form), pb.DetectResponse)
         call = codec.read_classify(pb.ClassifyRequest(image=IMAGE))
         empty = Classification(np.empty(0, np.int64), (), np.empty(0, np.float32))
-        assert isinstance(replies.write_reply(result(empty), call), pb.ClassifyResponse)
+        assert isinstance(replies.write_reply(result(empty), call.form), pb.ClassifyResponse)
 
     def test_what_is_written_from_pixels_takes_long(self):
         boxes = detections(1)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from tiny_backend import BATCHES, SEEN
 
-from tests.helpers import red_image, tiny_spec
+from tests.helpers import red_image, tiny_spec, until
 from vision_service.engine.build import replace_fields
+from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog, version_key
 from vision_service.engine.pipeline import Pipeline
-from vision_service.engine.queue import BatchLimits
+from vision_service.engine.queue import BatchLimits, Job
 from vision_service.engine.threads import ForwardGate, in_a_nicer_thread
 from vision_service.errors import (
     ConfigError,
@@ -402,6 +403,36 @@ def test_cancelled_calls_drop_their_image_and_count_until_a_worker_has_passed_th
             time.sleep(0.005)
     assert result.prediction.class_names == ("red 1",)
     assert SEEN[9] == 0
+
+
+@pytest.mark.parametrize("ending", ["answered", "finished", "failed", "undecodable", "expired", "cancelled"])
+def test_nothing_of_a_call_waits_for_the_collector(pipeline, caplog, ending):
+    caplog.set_level("CRITICAL", "vision_service.engine.runner")  # pytest would keep the record, and all behind it
+    made = pipeline(tiny_spec(options={"fail_red": 13}))
+    more = {
+        "finished": {"finish": lambda result: result.prediction},
+        "expired": {"timeout_s": 1e-9},
+    }
+    image = cv2.imencode(".png", red_image(13 if ending == "failed" else 5)[..., ::-1])[1].tobytes()
+    gc.collect()
+    gc.disable()
+    try:
+        futures = []
+        for _ in range(20):
+            # A copy for each, as from a socket.
+            source = image[:40] if ending == "undecodable" else bytes(bytearray(image))
+            future = made.submit(source, **CLASSIFY, **more.get(ending, {}))
+            if ending == "cancelled":
+                future.cancel()
+            else:
+                assert (future.exception(10) is None) == (ending in ("answered", "finished"))
+            futures.append(weakref.ref(future))
+            del future, source
+        made.predict(red_image(1), **CLASSIFY)  # the threads let go of what they had in hand
+        until(lambda: sum(known() is not None for known in futures) <= 1, "futures are kept")
+        until(lambda: sum(type(one) in (Call, Job) for one in gc.get_objects()) <= 1, "calls are kept")
+    finally:
+        gc.enable()
 
 
 def test_finish_runs_ahead_of_images_that_wait_to_be_decoded(pipeline):

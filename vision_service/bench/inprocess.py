@@ -170,7 +170,11 @@ class _ClosedLoop:
         self._flying += 1
         started_s = time.perf_counter()
         spec = self._host.spec
-        future = self._pipeline.submit(image, task=spec.task, model=spec.name, version=spec.version)
+        try:
+            future = self._pipeline.submit(image, task=spec.task, model=spec.name, version=spec.version)
+        except VisionError as error:  # refused; counts as a call that was refused by a server
+            future = Future()
+            future.set_exception(error)
         future.add_done_callback(lambda future: self._done.put((started_s, future)))
 
     def _count(self, latency_s: float, answer: Future[Result[Any]]) -> None:
@@ -215,21 +219,21 @@ class Worker:
 
 
 @contextmanager
-def worker(setup: Setup, variant: Variant, images: Sequence[bytes], max_batch_size: int = 0) -> Iterator[Worker]:
+def worker(setup: Setup, variant: Variant, images: Sequence[bytes], batch: int = 0) -> Iterator[Worker]:
     """A process with the model loaded; it ends on the way out.
 
     Args:
         setup: how models are found and run.
         variant: the model.
         images: encoded files.
-        max_batch_size: most images in a batch, instead of what the settings say; 0: as they say.
+        batch: most images in a batch, instead of what is chosen at start; 0: what is chosen.
 
     Raises:
         VisionError: the model could not be loaded.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, setup, variant, images, max_batch_size), daemon=True)
+    process = context.Process(target=_main, args=(theirs, setup, variant, images, batch), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -248,16 +252,16 @@ def _received(pipe: Connection) -> Any:
     return answer
 
 
-def _main(pipe: Connection, setup: Setup, variant: Variant, images: Sequence[bytes], max_batch_size: int) -> None:
+def _main(pipe: Connection, setup: Setup, variant: Variant, images: Sequence[bytes], batch: int) -> None:
     try:
         settings = setup.settings(variant)
         specs = resolve_specs(settings)
-        if max_batch_size:
-            batching = specs[0].batching.model_copy(update={"max_batch_size": max_batch_size})
-            specs[0] = specs[0].model_copy(update={"batching": batching})
         pull_missing(specs, settings)
         with build_pipeline(settings, specs) as pipeline:
-            bench = Bench(pipeline, pipeline.catalog.load(specs[0]), images)
+            host = pipeline.catalog.load(specs[0])
+            if batch:
+                host.fix_batch(batch)
+            bench = Bench(pipeline, host, images)
             settle_garbage()  # as `serve` does
             pipe.send(bench.about())
             while True:

@@ -22,6 +22,9 @@ KEPT_BYTES = 32 * 1024 * 1024
 DRAIN_S = 30.0
 """How long calls under way may take once no new ones are started."""
 
+UNANSWERED = "UNANSWERED"
+"""Stands among the statuses for calls that had no answer by then; a server that loses some shall not look well."""
+
 STATUS_NAMES = {
     0: "OK",
     1: "CANCELLED",
@@ -204,6 +207,9 @@ class _Loop(ABC):
         until_s = time.perf_counter() + DRAIN_S
         while self._flying and time.perf_counter() < until_s:
             self._end(0.1)
+        if self._flying:
+            now_s = time.perf_counter()
+            self._result.latencies_s[UNANSWERED] = [now_s - due_s for due_s in self._flying.values()]
         return self._result
 
     _counts_stragglers = False

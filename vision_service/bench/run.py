@@ -46,7 +46,7 @@ class Rounds:
         open: at the plan's rate.
         overload: at a multiple of the closed loop's speed.
         streamed_overload: likewise, on one stream of Predict.
-        served_peak_mb: most memory of the server, MiB.
+        served_peak_mb: most memory of the server in closed loops, MiB.
     """
 
     network: list[dict[int, Alone]] = field(default_factory=list)
@@ -97,13 +97,15 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
             )
         if in_process:
             say(f"{variant}: loading it in process")
-            # Where sizes cost about the same, two starts may choose different batches, and it is not they that are
-            # to be compared.
+            # The server chooses the batch: where sizes cost about the same, two starts may choose different ones, and
+            # it is not they that are to be compared.
             batch = target.info.max_batch_size if target is not None else 0
             worker = stack.enter_context(inprocess.worker(plan.setup, variant, plan.images, batch))
         rounds = Rounds()
         for number in range(plan.rounds):
             say(f"{variant}: round {number + 1} of {plan.rounds}")
+            if target is not None and target.pid:
+                reset_peak(target.pid)
             turn = replace(plan, seconds=plan.seconds / _TURNS)
             for _ in range(_TURNS):
                 if worker is not None:
@@ -111,9 +113,9 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
                 if target is not None:
                     _served_turn(turn, target, rounds)
             if target is not None:
+                if target.pid:  # before the open loops, whose queues are another load
+                    rounds.served_peak_mb = max(rounds.served_peak_mb, memory_mb(target.pid, "VmHWM"))
                 _open_round(plan, target, rounds)
-        if target is not None and target.pid:
-            rounds.served_peak_mb = memory_mb(target.pid, "VmHWM")
         return _summary(plan, rounds, _identity(variant, worker, target), target)
 
 
@@ -130,8 +132,6 @@ def _in_process_turn(plan: Plan, worker: Worker, rounds: Rounds) -> None:
 
 
 def _served_turn(plan: Plan, target: Target, rounds: Rounds) -> None:
-    if target.pid and not (rounds.served or rounds.streamed):
-        reset_peak(target.pid)
     if "served" in plan.measures:
         rounds.served.append(target.load(plan, in_flight=plan.in_flight))
     if "streamed" in plan.measures:
@@ -182,10 +182,10 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
     allowed = [1000 * cores / sum(stage.cpu_ms for stage in stages.values()) for stages in rounds.stages]
     in_process = _in_process_flow(rounds.pipeline) if rounds.pipeline else None
 
-    def flow(results: Sequence[LoadResult]) -> Flow | None:
-        return _served_flow(results, target, rounds.served_peak_mb, cores) if results else None
+    def flow(results: Sequence[LoadResult], peak_mb: float = 0.0) -> Flow | None:
+        return _served_flow(results, target, peak_mb, cores) if results else None
 
-    over_network = flow(rounds.served)
+    over_network = flow(rounds.served, rounds.served_peak_mb)
     return ModelReport(
         identity["model"],
         identity["task"],
@@ -193,7 +193,7 @@ def _summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Targe
         identity["precision"],
         pipeline=in_process,
         served=over_network,
-        streamed=flow(rounds.streamed),
+        streamed=flow(rounds.streamed, rounds.served_peak_mb),
         open=flow(rounds.open),
         overload=flow(rounds.overload),
         streamed_overload=flow(rounds.streamed_overload),

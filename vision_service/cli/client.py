@@ -36,6 +36,7 @@ def client(
     in_flight: Annotated[
         int, typer.Option("--in-flight", "--concurrency", min=1, help="Calls under way at once.")
     ] = 16,
+    stream: options.Stream = False,
     timeout: Annotated[float, typer.Option(help="Seconds for a call, retries included.")] = 30.0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -76,7 +77,7 @@ def client(
     choices.check([Model(model, version, Task(task), ())])
     settings = ServerSettings.read()
     limits = DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
-    with VisionClient(address, timeout_s=timeout) as server:
+    with VisionClient(address, timeout_s=timeout, stream=stream) as server:
         served = ServedModel(
             server, Task(task), model=model, version=version, overrides=overrides, in_flight=in_flight, limits=limits
         )

@@ -52,6 +52,9 @@ def evaluate(
     address: Annotated[str, typer.Option(help="host:port of a server that has the model; else in this process.")] = "",
     version: Annotated[str, typer.Option(help="--address: version of the model; else the newest.")] = "",
     concurrency: Annotated[int, typer.Option(min=1, help="--address: calls under way at once.")] = 8,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="--address: images as requests on one stream, not a call each: costs less.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="--address: seconds for a call, retries included.")] = 30.0,
     manifest: options.Manifests = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -88,9 +91,9 @@ def evaluate(
         raise ConfigError("say which MODEL on which DATASET, or --compare A.json B.json")
     if address:
         _refuse(given, {"manifest", "device", "batch_size"}, "with --address the model runs on the server")
-        answering = _remote(address, model, version, concurrency=concurrency, timeout_s=timeout)
+        answering = _remote(address, model, version, concurrency=concurrency, timeout_s=timeout, stream=stream)
     else:
-        _refuse(given, {"version", "concurrency", "timeout"}, "it is for --address")
+        _refuse(given, {"version", "concurrency", "stream", "timeout"}, "it is for --address")
         answering = _local(model, manifest or [], device, batch_size)
 
     from vision_service.evaluation.evaluate import Options
@@ -215,11 +218,13 @@ def _local(model: str, manifests: list[Path], device: str, batch_size: int) -> I
 
 
 @contextmanager
-def _remote(address: str, model: str, version: str, *, concurrency: int, timeout_s: float) -> Iterator[Predictor]:
+def _remote(
+    address: str, model: str, version: str, *, concurrency: int, timeout_s: float, stream: bool
+) -> Iterator[Predictor]:
     from vision_service.client import VisionClient
     from vision_service.evaluation.predictors import RemotePredictor
 
-    with VisionClient(address, timeout_s=timeout_s) as client:
+    with VisionClient(address, timeout_s=timeout_s, stream=stream) as client:
         with asking(address):
             predictor = RemotePredictor(client, model, version, concurrency=concurrency)
         yield predictor

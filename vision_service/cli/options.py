@@ -23,6 +23,10 @@ Classes = Annotated[
     list[str] | None, typer.Option("--class", help="Class to keep, by name or by id; repeat for several.")
 ]
 
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Send images as requests on one stream instead of a call each: costs less.")
+]
+
 Config = Annotated[Path | None, typer.Option(help="Settings file (TOML), as for serve.", dir_okay=False)]
 Manifests = Annotated[list[Path] | None, typer.Option("--manifest", help="Manifest of further models; repeatable.")]
 Runtime = Annotated[

@@ -187,7 +187,7 @@ class Batcher(Generic[T, R]):
                 self._expiry.notify()
             self._notify_if_due()
         # By its number: a caller that keeps the future must not keep the payload with it.
-        number = id(job)
+        number = job.number
         job.future.add_done_callback(lambda future: self._forget(key, number) if future.cancelled() else None)
         return job.future
 

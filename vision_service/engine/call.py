@@ -15,11 +15,28 @@ from vision_service.types import Params, Prediction, Result, Timings
 
 
 @dataclass(eq=False, slots=True)
+class Held:
+    """An image, as it was sent, for as long as it is needed.
+
+    Not the call's own: what drops it hangs on the call's future, and future and call would hold each other.
+    """
+
+    image: ImageInput
+
+    def drop(self, _: object = None) -> None:
+        """The bytes are not needed any more, and may be many."""
+        self.image = b""
+
+
+@dataclass(eq=False, slots=True)
 class Call:
     """One image on its way.
 
+    Nothing that its futures hold leads back to them, so that all of it is freed when the last one has gone, and not
+    when Python next looks for cycles: by then there may be hundreds of them.
+
     Attributes:
-        image: as it was sent; dropped as soon as it is decoded.
+        held: the image; dropped as soon as it is decoded.
         host: whose model it goes to.
         params: what the call chose.
         deadline_s: on `time.monotonic`'s clock, or ``None``.
@@ -31,7 +48,7 @@ class Call:
         original_hw: of the image.
     """
 
-    image: ImageInput
+    held: Held
     host: ModelHost
     params: Params
     deadline_s: float | None
@@ -41,10 +58,6 @@ class Call:
     decode_ms: float = 0.0
     preprocess_ms: float = 0.0
     original_hw: tuple[int, int] = (0, 0)
-
-    def drop_image(self) -> None:
-        """The bytes are not needed any more, and may be many."""
-        self.image = b""
 
     def succeed(self, value: Any) -> None:
         """Answer, unless the caller has gone."""

@@ -186,7 +186,21 @@ class ModelHost:
         if self._batcher is None or model is None:
             raise ModelUnavailable(f"model {self.label} is {self._state}")
         key = None if model.backend.mixes_sizes else prepared.pixels.shape
-        return self._batcher.submit(prepared, key=key, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s)
+        try:
+            return self._batcher.submit(prepared, key=key, nbytes=prepared.pixels.nbytes, deadline_s=deadline_s)
+        except VisionError:
+            self._batcher.reconsider()  # it may have waited for this one to fill a batch
+            raise
+
+    def fix_batch(self, size: int) -> None:
+        """Have batches of at most so many images instead of what was chosen at start, for those who compare.
+
+        Raises:
+            ModelUnavailable: not loaded.
+        """
+        if self._batcher is None:
+            raise ModelUnavailable(f"model {self.label} is {self._state}")
+        self._batcher.set_limits(replace(self._batcher.limits, max_batch_size=size))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answer what is queued, take nothing new, free the network.
@@ -212,7 +226,7 @@ class ModelHost:
             is_default: whether calls that name no model come here.
         """
         spec, tuner = self.spec, self._tuner
-        limits = tuner.choice.limits if tuner is not None else None
+        limits = self._batcher.limits if self._batcher is not None else None
         return ModelInfo(
             name=spec.name,
             version=spec.version,

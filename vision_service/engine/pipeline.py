@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 
 from vision_service.config import PreprocessSpec
 from vision_service.engine.admission import Admission
-from vision_service.engine.call import Call
+from vision_service.engine.call import Call, Held
 from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import ModelHost
 from vision_service.engine.loaded import Answer, Prepared
@@ -33,6 +36,8 @@ from vision_service.imaging.decode import DecodeLimits, decode_for, from_array, 
 from vision_service.imaging.preprocess import preprocess
 from vision_service.imaging.source import ImageInput, RawPixels
 from vision_service.types import ParamOverrides, Result, Task, UInt8Array
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -134,7 +139,7 @@ class Pipeline:
             self._admission.enter(nbytes)
             undo.callback(self._admission.leave, nbytes)
             deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-            call = Call(image, host, params, deadline_s, finish, finish_needed)
+            call = Call(Held(image), host, params, deadline_s, finish, finish_needed)
             try:
                 waiting = self._pool.submit(self._prepare, call)
             except RuntimeError:  # the pool was shut down
@@ -142,9 +147,7 @@ class Pipeline:
             undo.pop_all()
         waiting.add_done_callback(lambda _: self._admission.leave(nbytes))
         call.result.add_done_callback(lambda result: host.release(entry, answered=_has_result(result)))
-        call.result.add_done_callback(
-            lambda _: call.drop_image()
-        )  # a cancelled call must not keep it in the pool's queue
+        call.result.add_done_callback(call.held.drop)  # a cancelled call must not keep it in the pool's queue
         return call.result
 
     def submit_patiently(self, image: ImageInput, **kwargs: Any) -> Future[Result[Any]]:
@@ -234,17 +237,18 @@ class Pipeline:
         try:
             prepared = self._prepared(call)
         except Exception as error:
-            call.fail(_as_ours(error, "the image could not be prepared"))
+            call.fail(_for_caller(error, "the image could not be prepared"))
         if prepared is None:
             call.host.not_coming()
             return
         try:
             riding = call.host.submit(prepared, call.deadline_s)
         except VisionError as error:
-            call.fail(error)
+            call.fail(_for_caller(error, "the image could not be queued"))
         else:
             riding.add_done_callback(lambda ride: self._arrive(call, ride))
-            call.result.add_done_callback(lambda result: riding.cancel() if result.cancelled() else None)
+            # Weakly: what riding tells holds the call. The batcher keeps it for as long as it can be cancelled.
+            call.result.add_done_callback(partial(_cancel_with, weakref.ref(riding)))
 
     def _prepared(self, call: Call) -> Prepared | None:
         """A call's image, ready for its model; ``None`` when its caller has gone."""
@@ -254,14 +258,14 @@ class Pipeline:
             raise DeadlineExceeded("the deadline passed before the image was decoded")
         started_s = time.perf_counter()
         spec = call.host.spec.preprocess
-        image, original_hw = self._decode(call.image, spec)
+        image, original_hw = self._decode(call.held.image, spec)
         decoded_s = time.perf_counter()
         pixels, meta = preprocess(image, spec, original_hw)
         done_s = time.perf_counter()
         call.decode_ms = 1000 * (decoded_s - started_s)
         call.preprocess_ms = 1000 * (done_s - decoded_s)
         call.original_hw = meta.original_hw
-        call.drop_image()
+        call.held.drop()
         return Prepared(pixels, meta, call.params)
 
     def _arrive(self, call: Call, ride: Future[Ride[Answer]]) -> None:
@@ -290,7 +294,7 @@ class Pipeline:
                 raise DeadlineExceeded("the deadline passed before the answer was written")
             done = call.finish(result)
         except Exception as error:
-            call.fail(_as_ours(error, "the answer could not be written"))
+            call.fail(_for_caller(error, "the answer could not be written"))
         else:
             call.succeed(done)
 
@@ -317,13 +321,30 @@ def _read(path: Path, limits: DecodeLimits) -> bytes:
         raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _as_ours(error: Exception, what: str) -> VisionError:
-    """An error that a caller may see: what nobody foresaw keeps its text for the log."""
+def _for_caller(error: Exception, what: str) -> VisionError:
+    """An error that a caller may see: what nobody foresaw has its text in the log.
+
+    It leads to no frames: they hold the call, and the call its error.
+    """
     if isinstance(error, VisionError):
-        return error
-    failure = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
-    failure.__cause__ = error
-    return failure
+        shown = error
+    else:
+        logger.error("%s", what, exc_info=error)
+        shown = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
+        shown.__cause__ = error
+    known: BaseException | None = shown
+    while known is not None:
+        known.__traceback__ = None
+        before = known.__cause__ or known.__context__
+        known.__context__ = before
+        known = before
+    return shown
+
+
+def _cancel_with(riding: weakref.ref[Future[Any]], result: Future[Any]) -> None:
+    """Cancel a call's place in a batch when its caller has gone."""
+    if result.cancelled() and (future := riding()) is not None:
+        future.cancel()
 
 
 def _has_result(future: Future[Any]) -> bool:

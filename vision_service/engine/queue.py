@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Job(Generic[T, R]):
         deadline_s: on `time.monotonic`'s clock, or ``None``.
         future: the answer to come.
         queued_s: when it was queued, on the same clock.
+        number: its own for ever; `id` may be another's once it is freed.
     """
 
     payload: T
@@ -67,6 +69,7 @@ class Job(Generic[T, R]):
     deadline_s: float | None
     future: Future[Ride[R]] = field(default_factory=Future)
     queued_s: float = field(default_factory=time.monotonic)
+    number: int = field(default_factory=partial(next, count()))
 
     def expired(self, now_s: float) -> bool:
         """Whether its deadline has passed."""
@@ -103,7 +106,7 @@ class JobQueue(Generic[T, R]):
 
     def add(self, job: Job[T, R]) -> None:
         """Queue a job for which there is room."""
-        self._by_key.setdefault(job.key, OrderedDict())[id(job)] = job
+        self._by_key.setdefault(job.key, OrderedDict())[job.number] = job
         self._jobs += 1
         self._bytes += job.nbytes
 
@@ -112,7 +115,7 @@ class JobQueue(Generic[T, R]):
         removed = []
         for job in jobs:
             waiting = self._by_key.get(job.key)
-            if waiting is None or waiting.pop(id(job), None) is None:
+            if waiting is None or waiting.pop(job.number, None) is None:
                 continue
             if not waiting:
                 del self._by_key[job.key]
@@ -122,7 +125,7 @@ class JobQueue(Generic[T, R]):
         return removed
 
     def discard(self, key: Hashable, number: int) -> None:
-        """Take out the job that `id` numbers so; nothing when it is not in any more."""
+        """Take out the job of that number; nothing when it is not in any more."""
         waiting = self._by_key.get(key)
         if waiting is not None and number in waiting:
             self.remove([waiting[number]])

@@ -21,12 +21,12 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: deque[Callable[[], None]] = deque()
+        self._arrived: deque[tuple[Callable[[Future[Any]], None], Future[Any]]] = deque()
 
     async def wait_for(self, future: Future[Any]) -> Any:
         """The future's result; raises its exception. When the waiting coroutine is cancelled, so is the future."""
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.tell(future, partial(_release, waiter, future))
+        self.tell(future, partial(_release, waiter))
         try:
             await waiter
         except asyncio.CancelledError:
@@ -41,15 +41,20 @@ class Arrivals:
         finally:
             del future, error  # the error holds this frame, which would hold the error
 
-    def tell(self, future: Future[Any], then: Callable[[], None]) -> None:
-        """Have something called on the event loop when a future is done or cancelled."""
+    def tell(self, future: Future[Any], then: Callable[[Future[Any]], None]) -> None:
+        """Have something called on the event loop when a future is done or cancelled.
+
+        Args:
+            future: keeps ``then`` for as long as it lives.
+            then: is given the future, so that it need not hold it: the two would keep each other.
+        """
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         future.add_done_callback(partial(self._arrive, then))
 
-    def _arrive(self, then: Callable[[], None], _: Future[Any]) -> None:
+    def _arrive(self, then: Callable[[Future[Any]], None], future: Future[Any]) -> None:
         """Take note of a future that is done. Called by the thread that made it so."""
-        self._arrived.append(then)
+        self._arrived.append((then, future))
         once_at_end(self._wake_loop)
 
     def _wake_loop(self) -> None:
@@ -60,7 +65,8 @@ class Arrivals:
     def _go_on(self) -> None:
         """Call what waits for the futures that are done."""
         while self._arrived:
-            self._arrived.popleft()()
+            then, future = self._arrived.popleft()
+            then(future)
 
 
 def _release(waiter: asyncio.Future[Any], future: Future[Any]) -> None:

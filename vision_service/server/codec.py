@@ -7,7 +7,7 @@ the API does. `replies` is the other half.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vision_service.api.v1 import vision_pb2 as pb
@@ -40,26 +40,40 @@ _THRESHOLDS = ("top_k", "score_threshold", "iou_threshold", "max_detections")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request, checked as far as that needs no model.
+class ReplyForm:
+    """What a reply is to be like.
 
     Attributes:
         task: which method was called.
-        model: which model is meant.
-        image: a file's bytes, or pixels.
-        overrides: what the caller chose; within its range.
-        mask_encoding: how masks are written in the reply.
-        image_encoding: how an output image is written in the reply.
+        mask_encoding: how masks are written.
+        image_encoding: how an output image is written.
         quality: of lossy output images, 1..100.
     """
 
     task: Task
-    model: ModelSelector
-    image: bytes | RawPixels
-    overrides: ParamOverrides
     mask_encoding: MaskEncoding = "coco_rle"
     image_encoding: ImageEncoding = "png"
     quality: int = DEFAULT_QUALITY
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, checked as far as that needs no model.
+
+    Attributes:
+        form: of the reply, which is needed when the image is not any more.
+        model: which model is meant.
+        image: a file's bytes, or pixels.
+        overrides: what the caller chose; within its range.
+    """
+
+    form: ReplyForm
+    model: ModelSelector
+    image: bytes | RawPixels
+    overrides: ParamOverrides
+
+
+_CLASSIFICATION = ReplyForm(Task.CLASSIFY)
 
 
 def read_classify(request: pb.ClassifyRequest) -> Call:
@@ -68,7 +82,7 @@ def read_classify(request: pb.ClassifyRequest) -> Call:
     Raises:
         InvalidInput: a field is wrong; names it.
     """
-    return _read(Task.CLASSIFY, request, _overrides(request))
+    return _read(_CLASSIFICATION, request, _overrides(request))
 
 
 def read_detect(request: pb.DetectRequest) -> Call:
@@ -77,8 +91,7 @@ def read_detect(request: pb.DetectRequest) -> Call:
     Raises:
         InvalidInput: a field is wrong; names it.
     """
-    call = _read(Task.DETECT, request, _overrides(request))
-    return replace(call, mask_encoding=_word("mask_encoding", request.mask_encoding, MASK_ENCODINGS))
+    return _read(_with_masks(Task.DETECT, request), request, _overrides(request))
 
 
 def read_segment(request: pb.SegmentRequest) -> Call:
@@ -87,8 +100,7 @@ def read_segment(request: pb.SegmentRequest) -> Call:
     Raises:
         InvalidInput: a field is wrong; names it.
     """
-    call = _read(Task.SEGMENT, request, _overrides(request))
-    return replace(call, mask_encoding=_word("mask_encoding", request.mask_encoding, MASK_ENCODINGS))
+    return _read(_with_masks(Task.SEGMENT, request), request, _overrides(request))
 
 
 def read_translate(request: pb.TranslateRequest) -> Call:
@@ -97,9 +109,9 @@ def read_translate(request: pb.TranslateRequest) -> Call:
     Raises:
         InvalidInput: a field is wrong; names it.
     """
-    call = _read(Task.TRANSLATE, request, ParamOverrides())
     encoding = _word("image_encoding", request.image_encoding, IMAGE_ENCODINGS)
-    return replace(call, image_encoding=encoding, quality=_quality(request, encoding))
+    form = ReplyForm(Task.TRANSLATE, image_encoding=encoding, quality=_quality(request, encoding))
+    return _read(form, request, ParamOverrides())
 
 
 def read_list_models(request: pb.ListModelsRequest) -> Task | None:
@@ -122,9 +134,13 @@ def read_get_model(request: pb.GetModelRequest) -> ModelSelector:
     return ModelSelector(_name("name", request.name), _name("version", request.version))
 
 
-def _read(task: Task, request: PredictRequest, overrides: ParamOverrides) -> Call:
+def _with_masks(task: Task, request: pb.DetectRequest | pb.SegmentRequest) -> ReplyForm:
+    return ReplyForm(task, mask_encoding=_word("mask_encoding", request.mask_encoding, MASK_ENCODINGS))
+
+
+def _read(form: ReplyForm, request: PredictRequest, overrides: ParamOverrides) -> Call:
     selector = ModelSelector(_name("model.name", request.model.name), _name("model.version", request.model.version))
-    return Call(task, selector, _image(request.image), overrides)
+    return Call(form, selector, _image(request.image), overrides)
 
 
 def _name(field: str, text: str) -> str:

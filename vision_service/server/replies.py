@@ -14,7 +14,7 @@ from vision_service.imaging.encode import encode_image
 from vision_service.imaging.masks import decode_rle, encode_png, encode_rle, to_polygons
 from vision_service.model_info import ModelInfo
 from vision_service.segments import Segment, segments_of
-from vision_service.server.codec import Call
+from vision_service.server.codec import ReplyForm
 from vision_service.types import (
     Classification,
     Detections,
@@ -35,32 +35,32 @@ def takes_long(result: Result[Prediction]) -> bool:
     return not isinstance(found, Classification) and (not isinstance(found, Detections) or found.mask_rles is not None)
 
 
-def write_reply(result: Result[Prediction], call: Call) -> Response:
+def write_reply(result: Result[Prediction], form: ReplyForm) -> Response:
     """A result as the reply that its call asked for.
 
     Args:
-        result: its prediction is of the call's task.
-        call: says how masks and images are written.
+        result: its prediction is of the form's task.
+        form: of the reply.
 
     Returns:
         The reply of the call's method.
     """
     started_s = time.perf_counter()
-    reply = _write(result, call)
+    reply = _write(result, form)
     reply.info.timings.encode_ms = 1000 * (time.perf_counter() - started_s)
     return reply
 
 
-def _write(result: Result[Prediction], call: Call) -> Response:
-    match call.task:
+def _write(result: Result[Prediction], form: ReplyForm) -> Response:
+    match form.task:
         case Task.CLASSIFY:
             return write_classification(cast(Result[Classification], result))
         case Task.DETECT:
-            return write_detections(cast(Result[Detections], result), call.mask_encoding)
+            return write_detections(cast(Result[Detections], result), form.mask_encoding)
         case Task.SEGMENT:
-            return write_segments(cast(Result[SegmentationMap], result), call.mask_encoding)
+            return write_segments(cast(Result[SegmentationMap], result), form.mask_encoding)
         case Task.TRANSLATE:
-            return write_image(cast(Result[TranslatedImage], result), call.image_encoding, call.quality)
+            return write_image(cast(Result[TranslatedImage], result), form.image_encoding, form.quality)
 
 
 def write_classification(result: Result[Classification]) -> pb.ClassifyResponse:

@@ -48,20 +48,21 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
         self, read: Callable[[Any], codec.Call], request: Any, context: grpc.aio.ServicerContext
     ) -> replies.Response:
         call = read(request)
+        form = call.form
         # When the caller hangs up or its deadline passes, gRPC cancels this coroutine, and that the waiting image.
-        answer = await self._arrivals.wait_for(
-            self._pipeline.submit(
-                call.image,
-                task=call.task,
-                model=call.model.name,
-                version=call.model.version,
-                overrides=call.overrides,
-                timeout_s=context.time_remaining(),
-                finish=partial(replies.write_reply, call=call),
-                finish_needed=replies.takes_long,
-            )
+        coming = self._pipeline.submit(
+            call.image,
+            task=form.task,
+            model=call.model.name,
+            version=call.model.version,
+            overrides=call.overrides,
+            timeout_s=context.time_remaining(),
+            finish=partial(replies.write_reply, form=form),
+            finish_needed=replies.takes_long,
         )
-        return replies.write_reply(answer, call) if isinstance(answer, Result) else answer
+        del call  # it has the image, which is not needed here while the answer is waited for
+        answer = await self._arrivals.wait_for(coming)
+        return replies.write_reply(answer, form) if isinstance(answer, Result) else answer
 
 
 class StreamingServicer(VisionServicer):

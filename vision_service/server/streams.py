@@ -68,7 +68,8 @@ class _Request:
         request_id: the server's.
         started_s: when it was read, on `time.perf_counter`'s clock.
         timeout_s: how long its answer may take.
-        call: what is asked for, and ``answer`` what will come; set once it was let in.
+        form: of the reply, and ``answer`` what will come; set once it was let in. ``answer`` leads back here, so it
+            goes as soon as it has come or nobody waits for it.
         timer: of its deadline.
     """
 
@@ -77,7 +78,7 @@ class _Request:
     request_id: str
     started_s: float
     timeout_s: float | None
-    call: codec.Call | None = None
+    form: codec.ReplyForm | None = None
     answer: Future[Any] | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -189,17 +190,21 @@ class _Stream:
             if request.number in self._under_way:
                 raise InvalidInput("id", f"{request.number} is under way; number requests so that its answer is known")
             self._pipeline.check_room(Task(kind))  # before the image is copied out of its message
-            request.call = call = _READ[kind](getattr(item, kind))
+            call = _READ[kind](getattr(item, kind))
+            request.form = call.form
             request.answer = self._pipeline.submit(
                 call.image,
-                task=call.task,
+                task=call.form.task,
                 model=call.model.name,
                 version=call.model.version,
                 overrides=call.overrides,
                 timeout_s=timeout_s,
-                finish=partial(replies.write_reply, call=call),
+                finish=partial(replies.write_reply, form=call.form),
                 finish_needed=replies.takes_long,
             )
+        except QueueFull as error:
+            self._fail(request, error, work_done=False)
+            return
         except Exception as error:
             self._fail(request, error)
             return
@@ -220,8 +225,9 @@ class _Stream:
         del self._under_way[request.number]
         if request.timer is not None:
             request.timer.cancel()
-        if request.answer is not None:
-            request.answer.cancel()
+        answer, request.answer = request.answer, None
+        if answer is not None:
+            answer.cancel()
         self._room.set()
 
     def _expire(self, request: _Request) -> None:
@@ -230,25 +236,38 @@ class _Stream:
             request, DeadlineExceeded(f"the deadline of {request.timeout_s:g} s passed before there was an answer")
         )
 
-    def _arrived(self, request: _Request) -> None:
+    def _arrived(self, request: _Request, answer: Future[Any]) -> None:
         """Pass on what became of a request."""
-        answer = request.answer
-        if answer is None or answer.cancelled() or self._under_way.get(request.number) is not request:
+        if answer.cancelled() or self._under_way.get(request.number) is not request:
             return  # it was cancelled when it was past cancelling, and its id may be another's by now
         del self._under_way[request.number]
+        request.answer = None
         if request.timer is not None:
             request.timer.cancel()
+        failure = answer.exception()
+        if failure is not None:
+            # Not raised: several requests may share it, and its traceback would hold the frames of them all.
+            self._fail(request, failure)
+            return
         try:
             result = answer.result()
             if isinstance(result, Result):
-                assert request.call is not None, "it was let in"
-                result = replies.write_reply(result, request.call)
+                assert request.form is not None, "it was let in"
+                result = replies.write_reply(result, request.form)
         except Exception as error:
             self._fail(request, error)
         else:
-            self._answer(request, "OK", {request.kind: result})
+            self._answer(request, {request.kind: result})
+            self._log(request, "OK")
 
-    def _fail(self, request: _Request, error: Exception) -> None:
+    def _fail(self, request: _Request, error: BaseException, *, work_done: bool = True) -> None:
+        """Answer with an error.
+
+        Args:
+            request: which.
+            error: why.
+            work_done: whether work went into it; refusals without are many under overload, and are counted.
+        """
         ours = (
             error
             if isinstance(error, VisionError)
@@ -259,23 +278,27 @@ class _Stream:
         failure = pb.PredictFailure(code=grpc.StatusCode[ours.status].value[0], message=str(ours)[:MAX_MESSAGE])
         if isinstance(ours, QueueFull):
             failure.retry_after_ms = retry_after_ms(ours)
-        self._answer(request, ours.status, {"failure": failure})
+        self._answer(request, {"failure": failure})
+        if work_done:
+            self._log(request, ours.status)
+        else:
+            self._access.refused(self._method(request), ours.status, request.request_id, self._peer)
 
-    def _answer(self, request: _Request, status: str, answer: dict[str, Any]) -> None:
+    def _answer(self, request: _Request, answer: dict[str, Any]) -> None:
         # Serialised messages of one type, joined, are one that has what all of them have. So each is serialised once.
         written = pb.PredictAnswer(id=request.number, request_id=request.request_id, **answer)
         data = pb.PredictResponse(answers=[written]).SerializeToString()
         self._unwritten.append(data)
         self._unwritten_bytes += len(data)
         self._news.set()
-        self._log(request, status)
 
     def _log(self, request: _Request, status: str) -> None:
-        method = method_of(request.kind) if request.kind in _READ else PREDICT
-        if status == "RESOURCE_EXHAUSTED":
-            self._access.refused(method, status, request.request_id, self._peer)
-        else:
-            self._access.note(method, status, request.request_id, self._peer, request.started_s)
+        self._access.note(self._method(request), status, request.request_id, self._peer, request.started_s)
+
+    @staticmethod
+    def _method(request: _Request) -> str:
+        """What the log calls it."""
+        return method_of(request.kind) if request.kind in _READ else PREDICT
 
     async def _write(self) -> None:
         """Write answers, those that are there together."""
