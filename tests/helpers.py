@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,15 @@ def tiny_spec(**fields):
         "device": "cpu",
     }
     return ModelSpec.model_validate(base | fields)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether OpenVINO is installed and computes in bf16 on this processor."""
+    if find_spec("openvino") is None:
+        return False
+    from vision_service.runtimes._openvino_library import load_library
+
+    return "BF16" in load_library("openvino", "openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def until(condition: Callable[[], object], what: str = "it never came to that") -> None:

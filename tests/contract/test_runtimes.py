@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms.functional import pil_to_tensor
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, cpu_has_bf16
 from vision_service.backends.base import ServedNetwork
 from vision_service.backends.table import create_backend
 from vision_service.config import PreprocessSpec
@@ -208,14 +208,6 @@ class TestTorchCompile(RuntimeContract):
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
 needs_nncf = pytest.mark.skipif(find_spec("nncf") is None, reason="needs the package nncf")
 needs_onnx = pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs the package onnxscript")
-
-
-def cpu_has_bf16() -> bool:
-    if find_spec("openvino") is None:
-        return False
-    from vision_service.runtimes._openvino_library import load_library
-
-    return "BF16" in load_library("openvino", "openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @needs_openvino

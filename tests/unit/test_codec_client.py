@@ -76,14 +76,14 @@ class TestRequests:
     @pytest.mark.parametrize("encoding", ["coco_rle", "polygon", "png"])
     def test_segment(self, encoding):
         request = over_the_wire(codec.segment_request(b"x", mask_encoding=encoding))
-        assert server_codec.read_segment(request).mask_encoding == encoding
+        assert server_codec.read_segment(request).form.mask_encoding == encoding
 
     @pytest.mark.parametrize(("encoding", "quality"), [("png", None), ("raw", None), ("jpeg", 1), ("webp", 100)])
     def test_translate(self, encoding, quality):
         call = server_codec.read_translate(
             over_the_wire(codec.translate_request(b"x", image_encoding=encoding, quality=quality))
         )
-        assert (call.image_encoding, call.quality) == (encoding, quality or 90)
+        assert (call.form.image_encoding, call.form.quality) == (encoding, quality or 90)
 
     def test_models(self):
         assert server_codec.read_list_models(codec.list_models_request()) is None

@@ -17,6 +17,7 @@ from tests.helpers import red_image, tiny_spec, until
 from vision_service.engine.build import replace_fields
 from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog, version_key
+from vision_service.engine.host import ModelHost
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.queue import BatchLimits, Job
 from vision_service.engine.threads import ForwardGate, in_a_nicer_thread
@@ -99,6 +100,19 @@ def test_timings_are_measured_per_stage(pipeline):
     assert 0 < timings.preprocess_ms < 1000
     assert 0 <= timings.queue_ms < 1000
     assert 0 < timings.postprocess_ms < 1000
+
+
+def test_a_batch_that_is_fixed_is_kept_and_shown(pipeline):
+    made = pipeline(tiny_spec(options={"sleep_s": 0.02}))
+    host = made.catalog.find("tiny")
+    assert host.info(is_default=True).max_batch_size == 8
+    host.fix_batch(3)
+    assert host.info(is_default=True).max_batch_size == 3
+    for future in [made.submit(red_image(1), **CLASSIFY) for _ in range(10)]:
+        future.result(10)
+    assert max(BATCHES) == 3
+    with pytest.raises(ModelUnavailable, match="tiny:1 is loading"):
+        ModelHost(tiny_spec()).fix_batch(3)
 
 
 def test_warm_up_runs_each_batch_size_before_the_model_is_ready():
@@ -405,12 +419,16 @@ def test_cancelled_calls_drop_their_image_and_count_until_a_worker_has_passed_th
     assert SEEN[9] == 0
 
 
-@pytest.mark.parametrize("ending", ["answered", "finished", "failed", "undecodable", "expired", "cancelled"])
+@pytest.mark.parametrize(
+    "ending", ["answered", "finished", "unwritten", "failed", "undecodable", "expired", "cancelled"]
+)
 def test_nothing_of_a_call_waits_for_the_collector(pipeline, caplog, ending):
-    caplog.set_level("CRITICAL", "vision_service.engine.runner")  # pytest would keep the record, and all behind it
+    for name in ("runner", "pipeline"):  # pytest would keep the record, and all behind it
+        caplog.set_level("CRITICAL", f"vision_service.engine.{name}")
     made = pipeline(tiny_spec(options={"fail_red": 13}))
     more = {
         "finished": {"finish": lambda result: result.prediction},
+        "unwritten": {"finish": lambda result: result.nothing},
         "expired": {"timeout_s": 1e-9},
     }
     image = cv2.imencode(".png", red_image(13 if ending == "failed" else 5)[..., ::-1])[1].tobytes()
@@ -446,7 +464,7 @@ def test_finish_runs_ahead_of_images_that_wait_to_be_decoded(pipeline):
     assert model == "tiny"
 
 
-def test_finish_that_fails_or_comes_too_late(pipeline):
+def test_finish_that_fails_or_comes_too_late(pipeline, caplog):
     made = pipeline(tiny_spec(options={"sleep_s": 0.1}))
 
     def broken(result):
@@ -455,6 +473,8 @@ def test_finish_that_fails_or_comes_too_late(pipeline):
     with pytest.raises(InferenceFailed, match="answer could not be written") as caught:
         made.submit(red_image(1), finish=broken, **CLASSIFY).result(5)
     assert "secret" not in str(caught.value)
+    assert "in broken" in caplog.text  # where, and not only what
+    assert "KeyError: 'secret'" in caplog.text
     ran = []
     with pytest.raises(DeadlineExceeded):
         made.submit(red_image(1), finish=ran.append, timeout_s=0.05, **CLASSIFY).result(5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import tiny_spec
+from tests.helpers import cpu_has_bf16, tiny_spec
 from tests.onnx_files import tiny_onnx
 from vision_service.config.settings import ServerSettings
 from vision_service.engine.build import local_pipeline, resolve_specs
@@ -57,15 +57,26 @@ def test_auto_on_a_cpu_is_openvino():
 
 
 @needs_openvino
-def test_what_cannot_be_converted_falls_back_with_the_reason(caplog):
-    compiled = chosen(Served(looks_at_values=True), precision="bf16")
-    assert (compiled.runtime, compiled.precision) == ("torch", "bf16")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_cannot_be_converted_falls_back_with_the_reason(caplog, precision):
+    if precision == "bf16" and not cpu_has_bf16():
+        pytest.skip("this processor has no bf16, which is a reason of its own")
+    compiled = chosen(Served(looks_at_values=True), precision=precision)
+    assert (compiled.runtime, compiled.precision) == ("torch", precision)
     assert "not openvino: the network cannot be exported as a graph" in compiled.reason
     assert "runtime openvino cannot take the network" in caplog.text
     with pytest.raises(ConfigError, match="cannot be exported as a graph"):
         chosen(Served(looks_at_values=True), "openvino")
     with pytest.raises(ConfigError, match=r"no runtime can run this in int8 on cpu: not openvino: .*; not torch: "):
         chosen(Served(looks_at_values=True), precision="int8")
+
+
+@needs_openvino
+@pytest.mark.skipif(cpu_has_bf16(), reason="this processor has bf16")
+def test_a_processor_without_bf16_is_a_reason_to_fall_back_too():
+    compiled = chosen(Served(), precision="bf16")
+    assert (compiled.runtime, compiled.precision) == ("torch", "bf16")
+    assert "not openvino: runtime openvino: this processor has no bf16 instructions" in compiled.reason
 
 
 def test_auto_without_openvino_is_torch_and_says_what_to_install(monkeypatch):

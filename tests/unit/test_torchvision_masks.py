@@ -70,8 +70,9 @@ def test_without_masks_there_are_none():
 
 def test_the_request_says_how():
     for encoding in MASK_ENCODING_VALUES:
-        assert server_codec.read_detect(codec.detect_request(b"x", mask_encoding=encoding)).mask_encoding == encoding
-    assert server_codec.read_detect(codec.detect_request(b"x")).mask_encoding == "coco_rle"
+        call = server_codec.read_detect(codec.detect_request(b"x", mask_encoding=encoding))
+        assert call.form.mask_encoding == encoding
+    assert server_codec.read_detect(codec.detect_request(b"x")).form.mask_encoding == "coco_rle"
     with pytest.raises(InvalidInput, match="mask_encoding: unknown value 'rle'"):
         codec.detect_request(b"x", mask_encoding="rle")
     with pytest.raises(InvalidInput, match="mask_encoding: unknown value 9"):
