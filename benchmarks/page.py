@@ -157,7 +157,7 @@ def _at_least(text: str, ratio: Spread, needed: float, note: str = "") -> Verdic
 
 
 def _peer_verdicts(run: dict) -> Iterator[Verdict]:
-    rows, processor = run["rows"], run["machine"]["processor"]
+    rows, processor = run["rows"], _processor(run)
     loads = sorted({load for row in rows for load in row["loads"]}, key=int)
     found = {row["precision"] for row in rows if row["runtime"] == "openvino"}
     precisions = [precision for precision in ("fp32", "bf16") if precision in found]
@@ -171,6 +171,12 @@ def _peer_verdicts(run: dict) -> Iterator[Verdict]:
             # The last one is the fastest, and what a user has who leaves the choice to us.
             fastest = _speeds(rows, "mobilenet_v2", f"openvino:{precisions[-1]}", load).get(system)
             yield from _times(f"{name}, ours in {precisions[-1]}, theirs eager", fastest, eager, 5, processor)
+
+
+def _processor(run: dict) -> str:
+    """Its name, which says little of virtual ones, and whether it computes in bf16."""
+    without = not any(row["precision"] == "bf16" for row in run["rows"])
+    return run["machine"]["processor"] + (" without bf16" if without else "")
 
 
 def _times(what: str, ours: float | None, theirs: dict[str, float], needed: float, processor: str) -> Iterator[Verdict]:
@@ -285,7 +291,7 @@ def _peers(runs: Sequence[dict]) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
         when = " to ".join(dict.fromkeys((days[0], days[-1])))
         tables.append(
-            f"{machine['processor']}, {machine['cores']} cores; {versions}; {when}:\n\n{_peers_table(run['rows'])}"
+            f"{_processor(run)}, {machine['cores']} cores; {versions}; {when}:\n\n{_peers_table(run['rows'])}"
         )
     return f"![Images a second of each system](images/{CHART.name})\n\n" + "\n".join(tables)
 

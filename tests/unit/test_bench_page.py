@@ -151,7 +151,8 @@ def test_tables_and_chart(tmp_path):
     page.draw(rows, tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()
     runs = page._peers([run_of(*rows), run_of(row("ray", 1.0, precision="fp32"))])
-    assert runs.count("A processor, 2 cores; mosec 1.0; 2026-01-02:") == 2
+    assert runs.count("A processor, 2 cores; mosec 1.0; 2026-01-02:") == 1
+    assert runs.count("A processor without bf16, 2 cores; mosec 1.0; 2026-01-02:") == 1
     assert "| MobileNetV2 | OpenVINO fp32 | Ray Serve |" in runs
     assert "no result yet" in page._peers([])
     stages = {"decode": 1.0, "forward": 2.5}
