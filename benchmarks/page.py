@@ -159,8 +159,8 @@ def _at_least(text: str, ratio: Spread, needed: float, note: str = "") -> Verdic
 def _peer_verdicts(run: dict) -> Iterator[Verdict]:
     rows, processor = run["rows"], _processor(run)
     loads = sorted({load for row in rows for load in row["loads"]}, key=int)
-    found = {row["precision"] for row in rows if row["runtime"] == "openvino"}
-    precisions = [precision for precision in ("fp32", "bf16") if precision in found]
+    measured = {row["precision"] for row in rows if row["runtime"] == "openvino"}
+    precisions = [precision for precision in ("fp32", "bf16") if precision in measured]
     for load in loads if precisions else ():
         eager = _speeds(rows, "mobilenet_v2", "eager:fp32", load)
         for system, how in OURS.items():

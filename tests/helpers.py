@@ -108,7 +108,7 @@ def relay(address: str) -> Iterator[tuple[str, list[str]]]:
     import grpc
 
     called: list[str] = []
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(16) as threads:
 
         class Relay(grpc.GenericRpcHandler):
             def service(self, details):
@@ -123,7 +123,7 @@ def relay(address: str) -> Iterator[tuple[str, list[str]]]:
 
                 return grpc.stream_stream_rpc_method_handler(passing)
 
-        server = grpc.server(ThreadPoolExecutor(16), handlers=(Relay(),))
+        server = grpc.server(threads, handlers=(Relay(),))
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:

@@ -28,7 +28,8 @@ PREDICT = "/vision.v1.VisionService/Predict"
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     few = "batching = {max_batch_size = 2, max_queued_jobs = 2}\noptions = {sleep_s = 0.02}"
-    return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few)
+    linear = "batching = {max_batch_size = 4}\noptions = {sleep_each_s = 0.06}"
+    return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few, linear=linear)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +111,10 @@ def test_everything_is_measured_in_processes_of_its_own(bench, manifest, tmp_pat
 
 
 def test_the_pipeline_has_the_batch_that_it_is_given(in_process):
-    for batch, expected in ((0, 8), (2, 2), (3, 3)):  # tiny's batches cost the same whatever their size
-        with in_process("tiny", batch) as worker:
+    for batch, expected in ((0, 1), (3, 3)):  # in which its images cost no less than one by one
+        with in_process("linear", batch) as worker:
             assert worker.about["max_batch_size"] == expected
-            assert max(worker("pipeline", 16, 0.1, 0.3).batch_sizes) <= expected
+            assert max(worker("pipeline", 9, 0.1, 1.0).batch_sizes) == expected
 
 
 def test_a_call_that_the_pipeline_refuses_is_counted(in_process):

@@ -3,7 +3,8 @@
 The network answers with the image's mean red value, so whoever sent an image knows which answer is its own.
 Option `gate`: the forward pass waits until the file of that name exists, and says so by a file
 `NAME.entered`. Option `fail_red`: an image of that red
-value makes the network raise; `oom_red`, likewise, as if memory ran out. `SEEN` counts the images that reached a
+value makes the network raise; `oom_red`, likewise, as if memory ran out. `sleep_s` is what a forward pass takes,
+`sleep_each_s` what each of its images takes besides. `SEEN` counts the images that reached a
 network, by red value.
 """
 
@@ -25,9 +26,10 @@ BATCHES: list[int] = []
 
 
 class TinyNetwork(nn.Module):
-    def __init__(self, gate: str, fail_red: int, oom_red: int, sleep_s: float) -> None:
+    def __init__(self, gate: str, fail_red: int, oom_red: int, sleep_s: float, sleep_each_s: float) -> None:
         super().__init__()
-        self.gate, self.fail_red, self.oom_red, self.sleep_s = gate, fail_red, oom_red, sleep_s
+        self.gate, self.fail_red, self.oom_red = gate, fail_red, oom_red
+        self.sleep_s, self.sleep_each_s = sleep_s, sleep_each_s
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
@@ -40,7 +42,7 @@ class TinyNetwork(nn.Module):
         deadline = time.monotonic() + 30
         while self.gate and not Path(self.gate).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(self.sleep_s)
+        time.sleep(self.sleep_s + len(reds) * self.sleep_each_s)
         if self.fail_red in reds.int().tolist():
             raise ValueError("this red is not to my taste")
         if self.oom_red in reds.int().tolist():
@@ -56,7 +58,8 @@ class TinyBackend(Backend):
         if options.get("refuse_to_build"):
             raise RuntimeError("told to fail")
         reds = (options.get(name, -1) for name in ("fail_red", "oom_red"))
-        return TinyNetwork(options.get("gate", ""), *reds, options.get("sleep_s", 0.0))
+        times_s = (options.get(name, 0.0) for name in ("sleep_s", "sleep_each_s"))
+        return TinyNetwork(options.get("gate", ""), *reds, *times_s)
 
     def postprocess(self, outputs, metas, params):
         (reds,) = outputs

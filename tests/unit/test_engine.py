@@ -103,14 +103,17 @@ def test_timings_are_measured_per_stage(pipeline):
 
 
 def test_a_batch_that_is_fixed_is_kept_and_shown(pipeline):
-    made = pipeline(tiny_spec(options={"sleep_s": 0.02}))
+    """A larger one as well than this network would be given, whose images cost the same in any batch."""
+    made = pipeline(tiny_spec(options={"sleep_each_s": 0.06}, batching={"max_batch_size": 4}))
     host = made.catalog.find("tiny")
-    assert host.info(is_default=True).max_batch_size == 8
-    host.fix_batch(3)
-    assert host.info(is_default=True).max_batch_size == 3
-    for future in [made.submit(red_image(1), **CLASSIFY) for _ in range(10)]:
-        future.result(10)
-    assert max(BATCHES) == 3
+    assert host.info(is_default=True).max_batch_size == 1
+    for size in (3, 2):
+        BATCHES.clear()
+        host.fix_batch(size)
+        assert host.info(is_default=True).max_batch_size == size
+        for future in [made.submit(red_image(1), **CLASSIFY) for _ in range(8)]:
+            future.result(10)
+        assert max(BATCHES) == size
     with pytest.raises(ModelUnavailable, match="tiny:1 is loading"):
         ModelHost(tiny_spec()).fix_batch(3)
 

@@ -19,6 +19,7 @@ from vision_service.errors import ConfigError
 from vision_service.runtimes import Workload, choose_precision, compile_network
 
 CPU = torch.device("cpu")
+needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="needs a processor with bf16")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
 
 
@@ -57,10 +58,8 @@ def test_auto_on_a_cpu_is_openvino():
 
 
 @needs_openvino
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_what_cannot_be_converted_falls_back_with_the_reason(caplog, precision):
-    if precision == "bf16" and not cpu_has_bf16():
-        pytest.skip("this processor has no bf16, which is a reason of its own")
     compiled = chosen(Served(looks_at_values=True), precision=precision)
     assert (compiled.runtime, compiled.precision) == ("torch", precision)
     assert "not openvino: the network cannot be exported as a graph" in compiled.reason
@@ -72,7 +71,7 @@ def test_what_cannot_be_converted_falls_back_with_the_reason(caplog, precision):
 
 
 @needs_openvino
-@pytest.mark.skipif(cpu_has_bf16(), reason="this processor has bf16")
+@pytest.mark.skipif(cpu_has_bf16(), reason="needs a processor without bf16")
 def test_a_processor_without_bf16_is_a_reason_to_fall_back_too():
     compiled = chosen(Served(), precision="bf16")
     assert (compiled.runtime, compiled.precision) == ("torch", "bf16")

@@ -131,6 +131,10 @@ class Bench:
         return torch.from_numpy(np.stack([pixels for pixels, _ in prepared])), sizes_hw
 
 
+_AGAIN_S = 0.05
+"""How soon an image is offered again to a pipeline that refused one and has none to answer."""
+
+
 class _ClosedLoop:
     """Counts what the load generator of `vision_service.bench.load` counts: what is answered within the window."""
 
@@ -158,24 +162,30 @@ class _ClosedLoop:
     def _until(self, end_s: float, in_flight: int, count: Callable[[float, Future[Result[Any]]], None]) -> None:
         while (now_s := time.perf_counter()) < end_s:
             while self._flying < in_flight:
-                self._begin()
+                refusal = self._begin()
+                if refusal is not None:  # the next one comes after the next answer: asking on and on takes a core
+                    count(0.0, refusal)
+                    break
             with suppress(queue.Empty):
-                started_s, answer = self._done.get(timeout=end_s - now_s)
+                started_s, answer = self._done.get(timeout=min(end_s - now_s, _AGAIN_S))
                 self._flying -= 1
                 count(time.perf_counter() - started_s, answer)
 
-    def _begin(self) -> None:
+    def _begin(self) -> Future[Result[Any]] | None:
+        """Send an image. Returns its refusal, if it was not let in."""
         image = self._images[self._begun % len(self._images)]
         self._begun += 1
-        self._flying += 1
         started_s = time.perf_counter()
         spec = self._host.spec
         try:
             future = self._pipeline.submit(image, task=spec.task, model=spec.name, version=spec.version)
-        except VisionError as error:  # refused; counts as a call that was refused by a server
-            future = Future()
-            future.set_exception(error)
+        except VisionError as error:
+            refusal: Future[Result[Any]] = Future()
+            refusal.set_exception(error)
+            return refusal
+        self._flying += 1
         future.add_done_callback(lambda future: self._done.put((started_s, future)))
+        return None
 
     def _count(self, latency_s: float, answer: Future[Result[Any]]) -> None:
         try:

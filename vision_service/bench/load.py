@@ -89,7 +89,8 @@ class LoadResult:
 
     Attributes:
         seconds: how long.
-        latencies_s: by status, of each call that ended; in the open loop from the moment it was due.
+        latencies_s: by status, of each call that ended; in the open loop from the moment it was due. Under `UNANSWERED`
+            those that did not, so far.
         server_cpu_s: CPU time of the server.
         generator_cpu_s: CPU time of this generator.
         in_time: calls that ended well before the clock stopped; a few more end after it in the open loop.
@@ -105,7 +106,7 @@ class LoadResult:
 
     @property
     def ended(self) -> int:
-        """Calls that ended, well or not."""
+        """Calls that ended, well or not, and those that never were answered."""
         return sum(map(len, self.latencies_s.values()))
 
 
