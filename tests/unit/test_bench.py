@@ -9,6 +9,7 @@ import time
 import pytest
 
 from vision_service.bench import run as bench_run
+from vision_service.bench import summary as bench_summary
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
 from vision_service.bench.http2 import INTERNAL, _request_headers, status_of
 from vision_service.bench.load import Load, LoadResult, _share, merged
@@ -48,17 +49,17 @@ def test_spread_and_histogram():
 
 def test_ratios_are_taken_round_by_round():
     # The machine was half as fast in the second round: both were, so the ratio is the same.
-    assert bench_run._ratio([90, 45], [100, 50]) == Spread(0.9, 0.9, 0.9)
-    assert bench_run._ratio([], [100]) is None
+    assert bench_summary._ratio([90, 45], [100, 50]) == Spread(0.9, 0.9, 0.9)
+    assert bench_summary._ratio([], [100]) is None
 
 
 def test_what_the_generator_used_is_given_back():
     # It used half a core of two: the server had three quarters of the machine.
-    assert bench_run._without(LoadResult(2.0, generator_cpu_s=1.0), 2) == pytest.approx(4 / 3)
+    assert bench_summary._without(LoadResult(2.0, generator_cpu_s=1.0), 2) == pytest.approx(4 / 3)
 
 
 def test_speed_counts_what_ended_in_time():
-    assert bench_run._speed(LoadResult(2.0, {"OK": [0.1] * 30}, in_time=20)) == 10
+    assert bench_summary.images_per_s(LoadResult(2.0, {"OK": [0.1] * 30}, in_time=20)) == 10
 
 
 def test_batch_sizes_of_the_network():

@@ -426,7 +426,7 @@ def test_cancelled_calls_drop_their_image_and_count_until_a_worker_has_passed_th
     "ending", ["answered", "finished", "unwritten", "failed", "undecodable", "expired", "cancelled"]
 )
 def test_nothing_of_a_call_waits_for_the_collector(pipeline, caplog, ending):
-    for name in ("runner", "pipeline"):  # pytest would keep the record, and all behind it
+    for name in ("runner", "call"):  # pytest would keep the record, and all behind it
         caplog.set_level("CRITICAL", f"vision_service.engine.{name}")
     made = pipeline(tiny_spec(options={"fail_red": 13}))
     more = {

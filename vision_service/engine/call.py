@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,8 +12,11 @@ from typing import Any
 from vision_service.engine.host import ModelHost
 from vision_service.engine.loaded import Answer
 from vision_service.engine.queue import Ride
+from vision_service.errors import InferenceFailed, VisionError
 from vision_service.imaging.source import ImageInput
 from vision_service.types import Params, Prediction, Result, Timings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +74,29 @@ class Call:
         if self.result.set_running_or_notify_cancel():
             self.result.set_exception(error)
 
+    def fail_at(self, error: Exception, what: str) -> None:
+        """Answer with an error that its caller may see: of what nobody foresaw, the text goes to the log.
+
+        It leads to no frames: they hold the call, and the call its error.
+
+        Args:
+            error: as it was caught.
+            what: failed.
+        """
+        if isinstance(error, VisionError):
+            shown = error
+        else:
+            logger.error("%s", what, exc_info=error)
+            shown = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
+            shown.__cause__ = error
+        known: BaseException | None = shown
+        while known is not None:
+            known.__traceback__ = None
+            before = known.__cause__ or known.__context__
+            known.__context__ = before
+            known = before
+        self.fail(shown)
+
     def outcome(self, travelled: Ride[Answer]) -> Result[Prediction]:
         """The result of a batch's answer and of what was measured before it."""
         answer = travelled.value
@@ -82,3 +110,9 @@ class Call:
         )
         spec = self.host.spec
         return Result(answer.prediction, self.original_hw, spec.name, spec.version, timings)
+
+
+def cancel_with(riding: weakref.ref[Future[Any]], result: Future[Any]) -> None:
+    """Cancel a call's place in a batch when its caller has gone."""
+    if result.cancelled() and (future := riding()) is not None:
+        future.cancel()

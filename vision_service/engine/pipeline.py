@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections import deque
@@ -17,7 +16,7 @@ import numpy as np
 
 from vision_service.config import PreprocessSpec
 from vision_service.engine.admission import Admission
-from vision_service.engine.call import Call, Held
+from vision_service.engine.call import Call, Held, cancel_with
 from vision_service.engine.catalog import Catalog
 from vision_service.engine.host import ModelHost
 from vision_service.engine.loaded import Answer, Prepared
@@ -26,7 +25,6 @@ from vision_service.engine.queue import Ride
 from vision_service.engine.threads import be_nicer
 from vision_service.errors import (
     DeadlineExceeded,
-    InferenceFailed,
     InvalidImage,
     ModelUnavailable,
     QueueFull,
@@ -36,8 +34,6 @@ from vision_service.imaging.decode import DecodeLimits, decode_for, from_array, 
 from vision_service.imaging.preprocess import preprocess
 from vision_service.imaging.source import ImageInput, RawPixels
 from vision_service.types import ParamOverrides, Result, Task, UInt8Array
-
-logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -237,18 +233,18 @@ class Pipeline:
         try:
             prepared = self._prepared(call)
         except Exception as error:
-            call.fail(_for_caller(error, "the image could not be prepared"))
+            call.fail_at(error, "the image could not be prepared")
         if prepared is None:
             call.host.not_coming()
             return
         try:
             riding = call.host.submit(prepared, call.deadline_s)
         except VisionError as error:
-            call.fail(_for_caller(error, "the image could not be queued"))
+            call.fail_at(error, "the image could not be queued")
         else:
             riding.add_done_callback(lambda ride: self._arrive(call, ride))
             # Weakly: what riding tells holds the call. The batcher keeps it for as long as it can be cancelled.
-            call.result.add_done_callback(partial(_cancel_with, weakref.ref(riding)))
+            call.result.add_done_callback(partial(cancel_with, weakref.ref(riding)))
 
     def _prepared(self, call: Call) -> Prepared | None:
         """A call's image, ready for its model; ``None`` when its caller has gone."""
@@ -294,7 +290,7 @@ class Pipeline:
                 raise DeadlineExceeded("the deadline passed before the answer was written")
             done = call.finish(result)
         except Exception as error:
-            call.fail(_for_caller(error, "the answer could not be written"))
+            call.fail_at(error, "the answer could not be written")
         else:
             call.succeed(done)
 
@@ -319,32 +315,6 @@ def _read(path: Path, limits: DecodeLimits) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _for_caller(error: Exception, what: str) -> VisionError:
-    """An error that a caller may see: what nobody foresaw has its text in the log.
-
-    It leads to no frames: they hold the call, and the call its error.
-    """
-    if isinstance(error, VisionError):
-        shown = error
-    else:
-        logger.error("%s", what, exc_info=error)
-        shown = InferenceFailed(f"{what} ({type(error).__name__}); the log says more")
-        shown.__cause__ = error
-    known: BaseException | None = shown
-    while known is not None:
-        known.__traceback__ = None
-        before = known.__cause__ or known.__context__
-        known.__context__ = before
-        known = before
-    return shown
-
-
-def _cancel_with(riding: weakref.ref[Future[Any]], result: Future[Any]) -> None:
-    """Cancel a call's place in a batch when its caller has gone."""
-    if result.cancelled() and (future := riding()) is not None:
-        future.cancel()
 
 
 def _has_result(future: Future[Any]) -> bool:
