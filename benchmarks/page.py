@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vision_service.bench.load import HELD_BACK
 from vision_service.bench.report import Flow, ModelReport, Report
 from vision_service.bench.stats import Percentiles, Spread
 
@@ -34,6 +35,7 @@ SYSTEMS = {
 ROWS = {"eager:fp32": "eager torch", "openvino:fp32": "OpenVINO fp32", "openvino:bf16": "OpenVINO bf16"}
 PEERS = ("mosec", "litserve", "ray")
 _ON_A_STREAM = ", on a stream"
+_HELD_BACK = ", callers hold back"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,13 @@ def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
                 model.streamed_goodput_over_capacity,
                 model.streamed_goodput_over_capacity_without_generator,
             ),
+            (_HELD_BACK, model.held_overload, model.held_goodput_over_capacity, None),
+            (
+                _ON_A_STREAM + _HELD_BACK,
+                model.streamed_held_overload,
+                model.streamed_held_goodput_over_capacity,
+                None,
+            ),
         ):
             if overload is not None:
                 at = f"{name}{how}: {model.overload_offered:g} x capacity"
@@ -136,12 +145,18 @@ def _elsewhere(ratio: Spread | None) -> str:
 
 def _overload_verdicts(at: str, overload: Flow, queue_bound_ms: float | None) -> Iterator[Verdict]:
     refused = overload.failed_latency_ms.get("RESOURCE_EXHAUSTED")
-    others = {status: count for status, count in overload.failed.items() if status != "RESOURCE_EXHAUSTED"}
+    held = overload.failed.get(HELD_BACK, 0)
+    others = {
+        status: count for status, count in overload.failed.items() if status not in ("RESOURCE_EXHAUSTED", HELD_BACK)
+    }
+    beside = f"p50 {refused.p50:.1f} ms" if refused else ""
+    if held:
+        beside += f"; {overload.failed.get('RESOURCE_EXHAUSTED', 0)} refused, {held} held back"
     yield Verdict(
         f"{at}: the rest gets RESOURCE_EXHAUSTED within 50 ms",
         f"p99 {refused.p99:.0f} ms" if refused else "none refused",
         bool(refused and refused.p99 <= 50 and not others),
-        f"others: {others}" if others else (f"p50 {refused.p50:.1f} ms" if refused else ""),
+        f"others: {others}" if others else beside,
     )
     if overload.latency_ms is not None and queue_bound_ms is not None:
         yield Verdict(

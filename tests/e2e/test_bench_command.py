@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import cv2
 import pytest
@@ -160,7 +161,9 @@ def test_open_loops(bench, address):
     assert model.overload.failed_latency_ms["RESOURCE_EXHAUSTED"].p50 > 0
     assert model.queue_bound_ms > 0
     assert model.goodput_over_capacity.median > 0
-    assert model.streamed_overload is None  # it was not asked for
+    assert model.held_overload.failed.keys() == {"RESOURCE_EXHAUSTED", "HELD_BACK"}
+    assert model.held_goodput_over_capacity.median > 0
+    assert model.streamed_overload is model.streamed_held_overload is None  # it was not asked for
     assert "RESOURCE_EXHAUSTED" in result.stdout
 
 
@@ -171,7 +174,26 @@ def test_overload_on_a_stream(bench, address):
     (model,) = report.models
     assert model.streamed_overload.failed.keys() == {"RESOURCE_EXHAUSTED"}
     assert model.streamed_goodput_over_capacity.median > 0
-    assert "on a stream, 5 x as many" in result.stdout
+    assert model.streamed_held_overload.failed.keys() == {"RESOURCE_EXHAUSTED", "HELD_BACK"}
+    assert model.streamed_held_goodput_over_capacity.median > 0
+    assert "on a stream, 5 x as many, held back" in result.stdout
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["calls", "stream"])
+def test_who_holds_back_is_refused_once_in_the_time_that_was_named(address, streamed):
+    request = codec.classify_request(red_image(5), model="slow")
+    if streamed:
+        message, how = pb.PredictItem(classify=request), {"method": PREDICT, "wire": StreamConnection}
+    else:
+        message, how = request, {"method": CLASSIFY}
+    load = Load(address, messages=[message.SerializeToString()], rate=500.0, warmup_s=0.1, seconds=0.5, **how)
+    plain, held = (generate(replace(load, hold_back=hold_back)) for hold_back in (False, True))
+    assert plain.latencies_s.keys() == {"OK", "RESOURCE_EXHAUSTED"}
+    assert held.latencies_s.keys() == {"OK", "RESOURCE_EXHAUSTED", "HELD_BACK"}
+    refused = len(held.latencies_s["RESOURCE_EXHAUSTED"])
+    assert refused < len(plain.latencies_s["RESOURCE_EXHAUSTED"]) / 2
+    assert refused < len(held.latencies_s["HELD_BACK"])
+    assert held.in_time > 0
 
 
 def test_calls_that_are_never_answered_are_counted(gated, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from vision_service.bench import run as bench_run
 from vision_service.bench import summary as bench_summary
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
-from vision_service.bench.http2 import INTERNAL, _request_headers, status_of
+from vision_service.bench.http2 import INTERNAL, _number_in, _request_headers, status_of
 from vision_service.bench.load import Load, LoadResult, _share, merged
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.report import Flow, ModelReport, Report
@@ -155,11 +155,18 @@ def test_cpu_time_and_memory_are_those_of_the_process():
     assert memory_mb(os.getpid(), "NoSuchField") == 0
 
 
-def teststatus_of_a_block_of_header_fields():
+def test_status_of_a_block_of_header_fields():
     assert status_of(b"\x88\x00\x0bgrpc-status\x010") == 0
     assert status_of(b"\x00\x0bgrpc-status\x0214\x00\x0cgrpc-message\x02no") == 14
     assert status_of(b"\x88") == INTERNAL
     assert status_of(b"grpc-status\x02no") == INTERNAL
+
+
+def test_when_to_come_back_in_a_block_of_header_fields():
+    name = b"grpc-retry-pushback-ms"
+    assert _number_in(b"\x00\x0bgrpc-status\x018\x00\x16" + name + b"\x04" + b"1250", name) == 1250
+    assert _number_in(b"\x00\x0bgrpc-status\x018", name) is None
+    assert _number_in(name, name) is None
 
 
 def test_a_field_that_would_need_a_longer_length_is_refused():

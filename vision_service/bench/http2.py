@@ -40,11 +40,13 @@ class Reply:
         stream: what `GrpcConnection.start` returned.
         status: gRPC's number, 0 is OK.
         body: the response message, serialised; empty unless OK.
+        retry_after_ms: when the server wants to be asked again, if it said so.
     """
 
     stream: int
     status: int
     body: bytes
+    retry_after_ms: int | None = None
 
 
 @dataclass(slots=True)
@@ -215,7 +217,10 @@ class GrpcConnection:
         elif flags & END_STREAM:
             del self._streams[number]
             status = status_of(payload)
-            done.append(Reply(number, status, bytes(stream.body[5:]) if status == OK else b""))
+            if status == OK:
+                done.append(Reply(number, OK, bytes(stream.body[5:])))
+            else:
+                done.append(Reply(number, status, b"", _number_in(payload, b"grpc-retry-pushback-ms")))
 
     def _manage(self, kind: int, flags: int, number: int, payload: bytes) -> bool:
         """Take in what belongs to the connection. Returns whether more may be sent now."""
@@ -276,8 +281,12 @@ def _text(value: str) -> bytes:
 
 def status_of(trailers: bytes) -> int:
     """The number of a status in a block of header fields, which has no dynamic table."""
-    _, found, rest = trailers.partition(b"grpc-status")
-    if not found or not rest:
-        return INTERNAL
-    digits = rest[1 : 1 + rest[0]]
-    return int(digits) if digits.isdigit() else INTERNAL
+    status = _number_in(trailers, b"grpc-status")
+    return INTERNAL if status is None else status
+
+
+def _number_in(trailers: bytes, name: bytes) -> int | None:
+    """The value of a field, if it is there and a number."""
+    _, found, rest = trailers.partition(name)
+    digits = rest[1 : 1 + rest[0]] if found and rest else b""
+    return int(digits) if digits.isdigit() else None

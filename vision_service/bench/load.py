@@ -14,6 +14,8 @@ from typing import Protocol
 
 from vision_service.bench.cpu import cpu_s
 from vision_service.bench.http2 import OK, GrpcConnection, Reply
+from vision_service.client.failures import Failure
+from vision_service.client.hold_back import HoldBack
 
 KEPT_REPLIES = 2000
 KEPT_BYTES = 32 * 1024 * 1024
@@ -24,6 +26,9 @@ DRAIN_S = 30.0
 
 UNANSWERED = "UNANSWERED"
 """Stands among the statuses for calls that had no answer by then; a server that loses some shall not look well."""
+
+HELD_BACK = "HELD_BACK"
+"""Stands among the statuses for calls that were not made, because the server had said when to come back."""
 
 STATUS_NAMES = {
     0: "OK",
@@ -66,6 +71,7 @@ class Load:
         messages: serialised requests, sent in turn.
         in_flight: calls under way at any time (closed loop); without effect when there is a rate.
         rate: calls begun a second, at random moments (open loop); 0: closed loop.
+        hold_back: whether calls of the open loop are held back as by a client with ``hold_back``.
         warmup_s: left out of the figures, seconds.
         seconds: what is measured.
         server_pid: whose CPU time is read at the start and end of what is measured; 0: nobody's.
@@ -77,6 +83,7 @@ class Load:
     messages: Sequence[bytes]
     in_flight: int = 32
     rate: float = 0.0
+    hold_back: bool = False
     warmup_s: float = 1.0
     seconds: float = 5.0
     server_pid: int = 0
@@ -90,7 +97,7 @@ class LoadResult:
     Attributes:
         seconds: how long.
         latencies_s: by status, of each call that ended; in the open loop from the moment it was due. Under `UNANSWERED`
-            those that did not, so far.
+            those that did not, so far; under `HELD_BACK` those that were not made, until that was known.
         server_cpu_s: CPU time of the server.
         generator_cpu_s: CPU time of this generator.
         in_time: calls that ended well before the clock stopped; a few more end after it in the open loop.
@@ -106,7 +113,7 @@ class LoadResult:
 
     @property
     def ended(self) -> int:
-        """Calls that ended, well or not, and those that never were answered."""
+        """Calls that ended, well or not, and those that never were answered or made."""
         return sum(map(len, self.latencies_s.values()))
 
 
@@ -166,6 +173,7 @@ class _Loop(ABC):
         self._messages = [connection.prepare(message) for message in load.messages]
         self._begun = 0
         self._flying: dict[int, float] = {}
+        self._held = HoldBack(time.perf_counter)
         self._result = LoadResult(load.seconds)
         self._kept_bytes = 0
         self._counting = False
@@ -181,13 +189,18 @@ class _Loop(ABC):
         now_s = time.perf_counter()
         for reply in replies:
             due_s = self._flying.pop(reply.stream)
+            name = STATUS_NAMES.get(reply.status, str(reply.status))
+            if reply.retry_after_ms is not None:
+                self._held.heed(None, Failure(name, "", reply.retry_after_ms))
             if self._counting:
-                name = STATUS_NAMES.get(reply.status, str(reply.status))
-                self._result.latencies_s.setdefault(name, []).append(now_s - due_s)
+                self._count(name, now_s - due_s)
                 if reply.status == OK and len(self._result.replies) < KEPT_REPLIES and self._kept_bytes < KEPT_BYTES:
                     self._kept_bytes += len(reply.body)
                     self._result.replies.append(reply.body)
         return len(replies)
+
+    def _count(self, name: str, latency_s: float) -> None:
+        self._result.latencies_s.setdefault(name, []).append(latency_s)
 
     def _usage_s(self) -> tuple[float, float, float]:
         server_s = cpu_s(self._load.server_pid) if self._load.server_pid else 0.0
@@ -244,6 +257,13 @@ class _Open(_Loop):
         super().__init__(load, connection)
         self._random = random.Random(os.getpid())  # noqa: S311 - no secret
         self._due_s = time.perf_counter()
+
+    def _begin(self, due_s: float) -> None:
+        if self._load.hold_back and self._held.failure(None) is not None:
+            if self._counting:
+                self._count(HELD_BACK, time.perf_counter() - due_s)
+        else:
+            super()._begin(due_s)
 
     def _until(self, end_s: float) -> None:
         while (now_s := time.perf_counter()) < end_s:

@@ -64,7 +64,9 @@ class ModelReport:
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
         overload_offered: that multiple.
-        streamed_overload: at the same multiple of what is ``streamed``, on one stream.
+        held_overload: at the same rate, from callers that hold back (`vision_service.client.hold_back`).
+        streamed_overload: as ``overload``, at the same multiple of what is ``streamed``, on one stream.
+        streamed_held_overload: at the same rate, from callers that hold back.
         queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
             many calls as may be under way take at the closed loop's speed.
         network_best_per_s: the network alone at its best batch size.
@@ -80,6 +82,8 @@ class ModelReport:
         goodput_over_capacity_without_generator: likewise, if the generator's CPU time were the server's in both.
         streamed_goodput_over_capacity: as ``goodput_over_capacity``, on one stream.
         streamed_goodput_over_capacity_without_generator: likewise.
+        held_goodput_over_capacity: as ``goodput_over_capacity``, of ``held_overload``.
+        streamed_held_goodput_over_capacity: likewise, on one stream.
     """
 
     model: str
@@ -96,7 +100,9 @@ class ModelReport:
     offered_per_s: float | None = None
     open: Flow | None = None
     overload: Flow | None = None
+    held_overload: Flow | None = None
     streamed_overload: Flow | None = None
+    streamed_held_overload: Flow | None = None
     overload_offered: float | None = None
     queue_bound_ms: float | None = None
     network_best_per_s: Spread | None = None
@@ -111,6 +117,8 @@ class ModelReport:
     goodput_over_capacity_without_generator: Spread | None = None
     streamed_goodput_over_capacity: Spread | None = None
     streamed_goodput_over_capacity_without_generator: Spread | None = None
+    held_goodput_over_capacity: Spread | None = None
+    streamed_held_goodput_over_capacity: Spread | None = None
 
     @property
     def label(self) -> str:

@@ -109,11 +109,13 @@ def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
     if "overload" in plan.measures:
-        capacity = by_round([images_per_s(one) for one in rounds.served])[-1]
-        rounds.overload.append(target.load(plan, rate=plan.overload * capacity))
+        rate = plan.overload * by_round([images_per_s(one) for one in rounds.served])[-1]
+        rounds.overload.append(target.load(plan, rate=rate))
+        rounds.held_overload.append(target.load(plan, rate=rate, hold_back=True))
     if "overload" in plan.measures and "streamed" in plan.measures:
-        capacity = by_round([images_per_s(one) for one in rounds.streamed])[-1]
-        rounds.streamed_overload.append(target.load(plan, streamed=True, rate=plan.overload * capacity))
+        rate = plan.overload * by_round([images_per_s(one) for one in rounds.streamed])[-1]
+        rounds.streamed_overload.append(target.load(plan, streamed=True, rate=rate))
+        rounds.streamed_held_overload.append(target.load(plan, streamed=True, rate=rate, hold_back=True))
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:

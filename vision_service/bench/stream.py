@@ -145,5 +145,6 @@ def _reply(answer: pb.PredictAnswer) -> Reply:
     """An answer as the call would have had it."""
     kind = answer.WhichOneof("answer")
     if kind is None or kind == "failure":
-        return Reply(answer.id, answer.failure.code, b"")
+        said = answer.failure.HasField("retry_after_ms")
+        return Reply(answer.id, answer.failure.code, b"", answer.failure.retry_after_ms if said else None)
     return Reply(answer.id, OK, getattr(answer, kind).SerializeToString())

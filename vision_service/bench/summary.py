@@ -32,7 +32,9 @@ class Rounds:
         single_served: one at a time.
         open: at the plan's rate.
         overload: at a multiple of the closed loop's speed.
-        streamed_overload: likewise, on one stream of Predict.
+        held_overload: likewise, from callers that hold back.
+        streamed_overload: as ``overload``, on one stream of Predict.
+        streamed_held_overload: likewise, from callers that hold back.
         served_peak_mb: most memory of the server in closed loops, MiB.
     """
 
@@ -45,7 +47,9 @@ class Rounds:
     single_served: list[LoadResult] = field(default_factory=list)
     open: list[LoadResult] = field(default_factory=list)
     overload: list[LoadResult] = field(default_factory=list)
+    held_overload: list[LoadResult] = field(default_factory=list)
     streamed_overload: list[LoadResult] = field(default_factory=list)
+    streamed_held_overload: list[LoadResult] = field(default_factory=list)
     served_peak_mb: float = 0.0
 
 
@@ -82,7 +86,9 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         streamed=flow(rounds.streamed, rounds.served_peak_mb),
         open=flow(rounds.open),
         overload=flow(rounds.overload),
+        held_overload=flow(rounds.held_overload),
         streamed_overload=flow(rounds.streamed_overload),
+        streamed_held_overload=flow(rounds.streamed_held_overload),
         overload_offered=plan.overload if rounds.overload else None,
         queue_bound_ms=_queue_bound_ms(target, through),
         network_images_per_s={
@@ -105,8 +111,10 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         streamed_over_pipeline_without_generator=_ratio(streamed_returned, pipeline),
         goodput_over_capacity=_goodput(rounds.overload, through),
         goodput_over_capacity_without_generator=_goodput(rounds.overload, returned, cores),
+        held_goodput_over_capacity=_goodput(rounds.held_overload, through),
         streamed_goodput_over_capacity=_goodput(rounds.streamed_overload, streamed),
         streamed_goodput_over_capacity_without_generator=_goodput(rounds.streamed_overload, streamed_returned, cores),
+        streamed_held_goodput_over_capacity=_goodput(rounds.streamed_held_overload, streamed),
     )
 
 

@@ -31,7 +31,9 @@ def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
         (f"on a stream, {in_flight} in flight", model.streamed),
         (f"served, open loop at {model.offered_per_s or 0:.0f}/s", model.open),
         (f"served, {model.overload_offered or 0:g} x as many", model.overload),
+        (f"served, {model.overload_offered or 0:g} x as many, held back", model.held_overload),
         (f"on a stream, {model.overload_offered or 0:g} x as many", model.streamed_overload),
+        (f"on a stream, {model.overload_offered or 0:g} x as many, held back", model.streamed_held_overload),
     )
     rows += [_flow_row(name, flow) for name, flow in flows if flow is not None]
     singles = (("pipeline, one at a time", model.single_pipeline_ms), ("served, one at a time", model.single_served_ms))
@@ -61,6 +63,8 @@ RATIOS = (
     "goodput_over_capacity_without_generator",
     "streamed_goodput_over_capacity",
     "streamed_goodput_over_capacity_without_generator",
+    "held_goodput_over_capacity",
+    "streamed_held_goodput_over_capacity",
 )
 """Fields of `ModelReport`, in the order in which they are shown."""
 

@@ -38,11 +38,12 @@ class AsyncVisionClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         stream: bool = False,
+        hold_back: bool = False,
     ) -> None:
         self.address = address
         policy = RetryPolicy(max_attempts=max_attempts)
         self._transport = AsyncTransport(
-            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata), stream)
+            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata), stream, hold_back)
         )
 
     async def classify(

@@ -46,6 +46,10 @@ class VisionClient:
             large one before it; a proxy that balances by calls sends all of them to one server; and when the stream
             breaks, all that is under way is sent again. Where a server has no streams, and for a request that a stream
             cannot take, the client makes calls.
+        hold_back: whether predictions of a method and a model are held back once the server had no room for one, until
+            the time that it named. Until then they fail, or are tried again, as if the server had refused them, and it
+            is not asked: each refusal costs it a part of an image (``vision-service bench --overload`` measures it).
+            For clients of one server: behind a proxy that balances by calls another one may have room.
 
     Raises:
         InvalidInput: ``max_attempts`` is below 1.
@@ -61,11 +65,12 @@ class VisionClient:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         stream: bool = False,
+        hold_back: bool = False,
     ) -> None:
         self.address = address
         policy = RetryPolicy(max_attempts=max_attempts)
         self._transport = Transport(
-            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata), stream)
+            Settings(address, timeout_s, policy, max_message_bytes, credentials, tuple(metadata), stream, hold_back)
         )
 
     def classify(

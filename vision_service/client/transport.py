@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vision_service.api.v1 import vision_pb2_grpc
 from vision_service.client.failures import AttemptFailed, failure_of, request_id_in, to_error
+from vision_service.client.hold_back import HoldBack
 from vision_service.client.replies import read_reply
 from vision_service.client.retry import Attempts, RetryPolicy
 from vision_service.client.streaming import AsyncPredictStream, Metadata, PredictStream
@@ -30,7 +32,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest request or reply. gRPC's own limit of 4 MiB is less than one raw photo."""
 
 _TASKS = {task.capitalize(): task.value for task in Task}
-"""The task of each method that has requests on streams."""
+"""The task of each method that predicts."""
 
 _NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
@@ -47,6 +49,8 @@ class Settings:
         credentials: ``grpc.ChannelCredentials`` for TLS; ``None`` speaks plain text.
         metadata: sent with every call.
         stream: whether predictions are requests on a stream.
+        hold_back: whether a refused prediction holds back all of its method and model until the server wants to be
+            asked again.
     """
 
     address: str
@@ -56,6 +60,7 @@ class Settings:
     credentials: Any = None
     metadata: Metadata = ()
     stream: bool = False
+    hold_back: bool = False
 
     def open(self, library: Any) -> Any:
         """A channel.
@@ -78,6 +83,12 @@ class Settings:
         """The attempts of one call; ``None`` takes these settings' own timeout."""
         return Attempts(self.policy, self.timeout_s if timeout_s is None else timeout_s)
 
+    def asking(self, held: HoldBack, method: str, request: Any) -> AbstractContextManager[None]:
+        """Around an attempt: whether it is made, and what its failure means to others like it."""
+        if not self.hold_back or method not in _TASKS:
+            return nullcontext()
+        return held.asking((method, request.model.name, request.model.version))
+
 
 class Transport:
     """Calls methods and waits for the answers."""
@@ -87,6 +98,7 @@ class Transport:
         self._channel = settings.open(grpc)
         self._methods = _methods_of(self._channel)
         self._stream = PredictStream(self._channel, settings.metadata, settings.max_message_bytes)
+        self._held = HoldBack()
         self._closed = False
 
     def call(self, method: str, build: Callable[[], Any], read: Callable[[Any, str], T], timeout_s: float | None) -> T:
@@ -135,6 +147,10 @@ class Transport:
     def _attempt(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
         """Ask once; gives the reply and the request id, or raises `AttemptFailed`."""
         timeout_s = attempts.start()
+        with self._settings.asking(self._held, method, request):
+            return self._ask(method, request, timeout_s, attempts)
+
+    def _ask(self, method: str, request: Any, timeout_s: float, attempts: Attempts) -> tuple[Any, str]:
         if self._settings.stream and self._stream.usable and method in _TASKS:
             try:
                 return self._stream.ask(_TASKS[method], request, timeout_s)
@@ -162,6 +178,7 @@ class AsyncTransport:
         self._channel = settings.open(grpc.aio)
         self._methods = _methods_of(self._channel)
         self._stream = AsyncPredictStream(self._channel, settings.metadata, settings.max_message_bytes)
+        self._held = HoldBack()
         self._closed = False
 
     async def call(
@@ -201,6 +218,10 @@ class AsyncTransport:
     async def _attempt(self, method: str, request: Any, attempts: Attempts) -> tuple[Any, str]:
         """See `Transport._attempt`."""
         timeout_s = attempts.start()
+        with self._settings.asking(self._held, method, request):
+            return await self._ask(method, request, timeout_s, attempts)
+
+    async def _ask(self, method: str, request: Any, timeout_s: float, attempts: Attempts) -> tuple[Any, str]:
         if self._settings.stream and self._stream.usable and method in _TASKS:
             try:
                 return await self._stream.ask(_TASKS[method], request, timeout_s)

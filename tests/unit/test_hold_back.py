@@ -1,0 +1,81 @@
+"""What is held back, how long and what is said about it; the clock is the test's."""
+
+from __future__ import annotations
+
+import pytest
+
+from vision_service.client.failures import AttemptFailed, Failure
+from vision_service.client.hold_back import HoldBack
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def held(clock):
+    return HoldBack(clock)
+
+
+def full(retry_after_ms, message="full; call again in 0.50 s"):
+    return Failure("RESOURCE_EXHAUSTED", message, retry_after_ms, "id-1")
+
+
+def test_until_the_time_that_was_named(clock, held):
+    assert held.failure("a") is None
+    held.heed("a", full(500))
+    clock.now_s += 0.2
+    failure = held.failure("a")
+    assert (failure.status, failure.pushback_ms, failure.request_id) == ("RESOURCE_EXHAUSTED", 300, "")
+    assert failure.message == (
+        "not sent: 0.20 s ago the server had no room for such a request; call again in 0.30 s. "
+        "It had said: full; call again in 0.50 s"
+    )
+    assert held.failure("b") is None
+    clock.now_s += 0.2999
+    assert held.failure("a").pushback_ms == 1  # never 0, which would be: at once
+    clock.now_s += 0.0001
+    assert held.failure("a") is None
+
+
+def test_the_newest_refusal_counts(clock, held):
+    held.heed("a", full(5000))
+    held.heed("a", full(100, "less full"))
+    assert held.failure("a").message.endswith("It had said: less full")
+    clock.now_s += 0.1
+    assert held.failure("a") is None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [full(None), full(-1), full(0), Failure("UNAVAILABLE", "loading", 500), Failure("DEADLINE_EXCEEDED", "late")],
+    ids=["does not say when", "never", "at once", "is away", "was late"],
+)
+def test_other_failures_hold_nothing(held, failure):
+    held.heed("a", failure)
+    assert held.failure("a") is None
+
+
+def test_an_attempt_learns_and_obeys(held):
+    made = []
+
+    def attempt():
+        with held.asking("a"):
+            made.append("a")
+            raise AttemptFailed(full(500))
+
+    with pytest.raises(AttemptFailed, match="full; call"):
+        attempt()
+    with pytest.raises(AttemptFailed, match="not sent: "):
+        attempt()
+    with held.asking("b"):
+        made.append("b")
+    assert made == ["a", "b"]
