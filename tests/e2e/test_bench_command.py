@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import cv2
 import pytest
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.bench import inprocess, load
+from vision_service.bench import run as bench_run
 from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import Load, generate
 from vision_service.bench.plan import Setup, Variant
@@ -150,6 +150,13 @@ def test_only_what_was_asked_for(bench, address, manifest):
     assert report.models[0].served is None
 
 
+@pytest.fixture
+def few_callers(monkeypatch):
+    """So few callers hold back that each has calls to make in the 20 ms that the small models here name."""
+    monkeypatch.setattr(bench_run, "HELD_CALLERS", 2)
+
+
+@pytest.mark.usefixtures("few_callers")
 def test_open_loops(bench, address):
     arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
     result, report = bench(*arguments, "--rate", 20, "--overload", 5)
@@ -167,6 +174,7 @@ def test_open_loops(bench, address):
     assert "RESOURCE_EXHAUSTED" in result.stdout
 
 
+@pytest.mark.usefixtures("few_callers")
 def test_overload_on_a_stream(bench, address):
     measures = ("--measure", "served", "--measure", "streamed", "--overload", 5)
     result, report = bench("--address", address, "--model", "slow", *measures, "--in-flight", 2, "--seconds", 0.5)
@@ -176,24 +184,7 @@ def test_overload_on_a_stream(bench, address):
     assert model.streamed_goodput_over_capacity.median > 0
     assert model.streamed_held_overload.failed.keys() == {"RESOURCE_EXHAUSTED", "HELD_BACK"}
     assert model.streamed_held_goodput_over_capacity.median > 0
-    assert "on a stream, 5 x as many, held back" in result.stdout
-
-
-@pytest.mark.parametrize("streamed", [False, True], ids=["calls", "stream"])
-def test_who_holds_back_is_refused_once_in_the_time_that_was_named(address, streamed):
-    request = codec.classify_request(red_image(5), model="slow")
-    if streamed:
-        message, how = pb.PredictItem(classify=request), {"method": PREDICT, "wire": StreamConnection}
-    else:
-        message, how = request, {"method": CLASSIFY}
-    load = Load(address, messages=[message.SerializeToString()], rate=500.0, warmup_s=0.1, seconds=0.5, **how)
-    plain, held = (generate(replace(load, hold_back=hold_back)) for hold_back in (False, True))
-    assert plain.latencies_s.keys() == {"OK", "RESOURCE_EXHAUSTED"}
-    assert held.latencies_s.keys() == {"OK", "RESOURCE_EXHAUSTED", "HELD_BACK"}
-    refused = len(held.latencies_s["RESOURCE_EXHAUSTED"])
-    assert refused < len(plain.latencies_s["RESOURCE_EXHAUSTED"]) / 2
-    assert refused < len(held.latencies_s["HELD_BACK"])
-    assert held.in_time > 0
+    assert "on a stream, 5 x as many, callers hold back" in result.stdout
 
 
 def test_calls_that_are_never_answered_are_counted(gated, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -98,26 +99,30 @@ def test_what_is_streamed_has_verdicts_of_its_own():
     assert found[", on a stream: 3 x capacity: goodput / capacity >= 0.9"].note.startswith("0.950")
 
 
-def test_callers_that_hold_back_have_verdicts_of_their_own():
-    refused = {"RESOURCE_EXHAUSTED": Percentiles(1, 2, 3), "HELD_BACK": Percentiles(1, 2, 60)}
+@pytest.mark.parametrize(("held_p99_ms", "in_time"), [(2, True), (51, False)])
+def test_callers_that_hold_back_have_verdicts_of_their_own(held_p99_ms, in_time):
+    late = {"RESOURCE_EXHAUSTED": Percentiles(1, 2, 3), "HELD_BACK": Percentiles(1, 2, held_p99_ms)}
     failed = {"RESOURCE_EXHAUSTED": 5, "HELD_BACK": 400}
-    flow = Flow(same(90.0), Percentiles(1, 2, 3), {}, failed=failed, failed_latency_ms=refused)
+    flow = Flow(same(90.0), Percentiles(1, 2, 3), {}, failed=failed, failed_latency_ms=late)
+    never = replace(flow, failed={"HELD_BACK": 400}, failed_latency_ms={"HELD_BACK": Percentiles(1, 2, held_p99_ms)})
     held = model(
         held_overload=flow,
-        streamed_held_overload=flow,
+        streamed_held_overload=never,  # all were refused before it was measured
         overload_offered=3.0,
         held_goodput_over_capacity=same(0.96),
+        held_goodput_over_capacity_without_generator=same(0.97),
         streamed_held_goodput_over_capacity=same(0.89),
     )
     found = {one.text.removeprefix("MobileNetV2 r p"): one for one in page._own_verdicts([held])}
     assert {text: one.met for text, one in found.items() if "3 x" in text} == {
         ", callers hold back: 3 x capacity: goodput / capacity >= 0.9": True,
-        ", callers hold back: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": True,
+        ", callers hold back: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": in_time,
         ", on a stream, callers hold back: 3 x capacity: goodput / capacity >= 0.9": False,
-        ", on a stream, callers hold back: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": True,
+        ", on a stream, callers hold back: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms": in_time,
     }
+    assert found[", callers hold back: 3 x capacity: goodput / capacity >= 0.9"].note.startswith("0.970")
     note = found[", callers hold back: 3 x capacity: the rest gets RESOURCE_EXHAUSTED within 50 ms"].note
-    assert note == "p50 1.0 ms; 5 refused, 400 held back"
+    assert note == "p50 1.0 ms; 5 refused, 400 not sent"
 
 
 def run_of(*rows):

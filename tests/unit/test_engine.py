@@ -814,6 +814,36 @@ def test_a_call_that_would_take_too_long_is_refused(pipeline, gate):
     made.predict(red_image(1), **CLASSIFY)  # there is room again
 
 
+@pytest.mark.parametrize("order", [("fast", "slow"), ("slow", "fast")])
+def test_a_call_that_no_model_has_room_for_is_told_the_soonest_time(pipeline, gate, order):
+    gate.touch()  # for the warm-up
+    tables = {"fast": (0.02, 200), "slow": (0.2, 1000)}
+    made = pipeline(
+        *(
+            tiny_spec(
+                name=name,
+                batching={"max_batch_size": 1, "max_wait_ms": tables[name][1]},
+                options={"sleep_s": tables[name][0], "gate": str(gate)},
+            )
+            for name in order
+        )
+    )
+    gate.unlink()
+    refusals = {}
+    for name in order:
+        made.check_room(Task.CLASSIFY)  # one has room
+        while name not in refusals:
+            try:
+                made.submit(red_image(1), model=name, **CLASSIFY)
+            except QueueFull as error:
+                refusals[name] = error
+    assert refusals["fast"].retry_after_s < refusals["slow"].retry_after_s
+    with pytest.raises(QueueFull, match="calls to model fast") as caught:
+        made.check_room(Task.CLASSIFY)
+    assert caught.value.retry_after_s == refusals["fast"].retry_after_s
+    gate.touch()
+
+
 def test_without_a_word_about_it_calls_may_take_two_seconds_but_a_slow_model_keeps_some(pipeline, gate):
     gate.touch()  # for the warm-up; then nothing is answered, however slowly the calls come
     slow = {"sleep_s": 0.1, "gate": str(gate)}

@@ -37,7 +37,7 @@ def test_until_the_time_that_was_named(clock, held):
     assert (failure.status, failure.pushback_ms, failure.request_id) == ("RESOURCE_EXHAUSTED", 300, "")
     assert failure.message == (
         "not sent: 0.20 s ago the server had no room for such a request; call again in 0.30 s. "
-        "It had said: full; call again in 0.50 s"
+        'The server had said: "full; call again in 0.50 s"'
     )
     assert held.failure("b") is None
     clock.now_s += 0.2999
@@ -46,10 +46,25 @@ def test_until_the_time_that_was_named(clock, held):
     assert held.failure("a") is None
 
 
+def test_a_server_is_asked_again_after_ten_seconds_whatever_it_had_named(clock, held):
+    held.heed("a", full(2**31 - 1))
+    assert held.failure("a").pushback_ms == 10_000
+    clock.now_s += 10
+    assert held.failure("a") is None
+
+
+def test_what_is_over_is_forgotten(clock, held):
+    for model in "abc":
+        held.heed(model, full(500))
+    clock.now_s += 1
+    held.heed("d", full(500))
+    assert held._refusals.keys() == {"d"}
+
+
 def test_the_newest_refusal_counts(clock, held):
     held.heed("a", full(5000))
     held.heed("a", full(100, "less full"))
-    assert held.failure("a").message.endswith("It had said: less full")
+    assert held.failure("a").message.endswith('had said: "less full"')
     clock.now_s += 0.1
     assert held.failure("a") is None
 

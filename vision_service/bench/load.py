@@ -27,6 +27,9 @@ DRAIN_S = 30.0
 UNANSWERED = "UNANSWERED"
 """Stands among the statuses for calls that had no answer by then; a server that loses some shall not look well."""
 
+HELD_CALLERS = 16
+"""So many callers hold back where ``bench`` measures that, each by itself: what one was told the others do not know."""
+
 HELD_BACK = "HELD_BACK"
 """Stands among the statuses for calls that were not made, because the server had said when to come back."""
 
@@ -71,7 +74,8 @@ class Load:
         messages: serialised requests, sent in turn.
         in_flight: calls under way at any time (closed loop); without effect when there is a rate.
         rate: calls begun a second, at random moments (open loop); 0: closed loop.
-        hold_back: whether calls of the open loop are held back as by a client with ``hold_back``.
+        hold_back: so many callers make the calls of the open loop in turn, each a client with ``hold_back`` that never
+            tries again; 0: whatever was refused, calls go on. Without effect in the closed loop.
         warmup_s: left out of the figures, seconds.
         seconds: what is measured.
         server_pid: whose CPU time is read at the start and end of what is measured; 0: nobody's.
@@ -83,7 +87,7 @@ class Load:
     messages: Sequence[bytes]
     in_flight: int = 32
     rate: float = 0.0
-    hold_back: bool = False
+    hold_back: int = 0
     warmup_s: float = 1.0
     seconds: float = 5.0
     server_pid: int = 0
@@ -161,6 +165,7 @@ def _share(load: Load, index: int, of: int) -> Load:
         messages=[*load.messages[index:], *load.messages[:index]],
         in_flight=load.in_flight // of + (index < load.in_flight % of),
         rate=load.rate / of,
+        hold_back=max(1, load.hold_back // of) if load.hold_back else 0,
     )
 
 
@@ -172,26 +177,26 @@ class _Loop(ABC):
         self._connection = connection
         self._messages = [connection.prepare(message) for message in load.messages]
         self._begun = 0
-        self._flying: dict[int, float] = {}
+        self._flying: dict[int, tuple[float, int]] = {}  # when each was due, and whose it is
         self._held = HoldBack(time.perf_counter)
         self._result = LoadResult(load.seconds)
         self._kept_bytes = 0
         self._counting = False
 
-    def _begin(self, due_s: float) -> None:
+    def _begin(self, due_s: float, caller: int = 0) -> None:
         message = self._messages[self._begun % len(self._messages)]
         self._begun += 1
-        self._flying[self._connection.start(message)] = due_s
+        self._flying[self._connection.start(message)] = due_s, caller
 
     def _end(self, timeout_s: float) -> int:
         """Take in replies; returns how many."""
         replies = self._connection.replies(timeout_s)
         now_s = time.perf_counter()
         for reply in replies:
-            due_s = self._flying.pop(reply.stream)
+            due_s, caller = self._flying.pop(reply.stream)
             name = STATUS_NAMES.get(reply.status, str(reply.status))
             if reply.retry_after_ms is not None:
-                self._held.heed(None, Failure(name, "", reply.retry_after_ms))
+                self._held.heed(caller, Failure(name, "", reply.retry_after_ms))
             if self._counting:
                 self._count(name, now_s - due_s)
                 if reply.status == OK and len(self._result.replies) < KEPT_REPLIES and self._kept_bytes < KEPT_BYTES:
@@ -223,7 +228,7 @@ class _Loop(ABC):
             self._end(0.1)
         if self._flying:
             now_s = time.perf_counter()
-            self._result.latencies_s[UNANSWERED] = [now_s - due_s for due_s in self._flying.values()]
+            self._result.latencies_s[UNANSWERED] = [now_s - due_s for due_s, _ in self._flying.values()]
         return self._result
 
     _counts_stragglers = False
@@ -256,19 +261,21 @@ class _Open(_Loop):
     def __init__(self, load: Load, connection: Wire) -> None:
         super().__init__(load, connection)
         self._random = random.Random(os.getpid())  # noqa: S311 - no secret
+        self._next_caller = 0
         self._due_s = time.perf_counter()
 
-    def _begin(self, due_s: float) -> None:
-        if self._load.hold_back and self._held.failure(None) is not None:
-            if self._counting:
-                self._count(HELD_BACK, time.perf_counter() - due_s)
-        else:
-            super()._begin(due_s)
+    def _begin_or_hold_back(self, due_s: float) -> None:
+        caller, self._next_caller = self._next_caller, (self._next_caller + 1) % self._load.hold_back
+        if self._held.failure(caller) is None:
+            self._begin(due_s, caller)
+        elif self._counting:
+            self._count(HELD_BACK, time.perf_counter() - due_s)
 
     def _until(self, end_s: float) -> None:
+        begin = self._begin_or_hold_back if self._load.hold_back else self._begin
         while (now_s := time.perf_counter()) < end_s:
             while self._due_s <= now_s:
-                self._begin(self._due_s)
+                begin(self._due_s)
                 self._due_s += self._random.expovariate(self._load.rate)
             self._connection.flush()
             self._end(min(end_s, self._due_s) - time.perf_counter())

@@ -73,7 +73,8 @@ class Plan:
         batch_sizes: of the network alone; empty: powers of two up to the model's largest, and that.
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
-        overload: of another open loop, as a multiple of what the closed loop of the same round reached.
+        overload: of two more open loops, as a multiple of what the closed loop of the same round reached: with callers
+            that go on asking, and with callers that hold back.
         seconds: of each measurement in a round; but for the open loops, in four parts that take turns.
         warmup_s: before each measurement and each of its parts, seconds; half of it before single calls.
         rounds: how often everything is measured; figures are medians.

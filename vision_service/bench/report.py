@@ -28,7 +28,8 @@ class Flow:
         peak_mb: most memory of that process, MiB; likewise.
         generator_cpu_ms: CPU time of the load generator, an image, when it is a process of its own.
         generator_share: of all cores' time, what the load generator used.
-        failed: calls by their status, and their latency.
+        failed: calls by their status, and their latency; under ``HELD_BACK`` those that were not made, by callers that
+            hold back.
     """
 
     images_per_s: Spread
@@ -64,7 +65,8 @@ class ModelReport:
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
         overload_offered: that multiple.
-        held_overload: at the same rate, from callers that hold back (`vision_service.client.hold_back`).
+        held_overload: at the same rate, from 16 callers that hold back, each by itself, and never try again
+            (`vision_service.client.hold_back`).
         streamed_overload: as ``overload``, at the same multiple of what is ``streamed``, on one stream.
         streamed_held_overload: at the same rate, from callers that hold back.
         queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
@@ -83,7 +85,9 @@ class ModelReport:
         streamed_goodput_over_capacity: as ``goodput_over_capacity``, on one stream.
         streamed_goodput_over_capacity_without_generator: likewise.
         held_goodput_over_capacity: as ``goodput_over_capacity``, of ``held_overload``.
-        streamed_held_goodput_over_capacity: likewise, on one stream.
+        held_goodput_over_capacity_without_generator: likewise.
+        streamed_held_goodput_over_capacity: as ``held_goodput_over_capacity``, on one stream.
+        streamed_held_goodput_over_capacity_without_generator: likewise.
     """
 
     model: str
@@ -118,7 +122,9 @@ class ModelReport:
     streamed_goodput_over_capacity: Spread | None = None
     streamed_goodput_over_capacity_without_generator: Spread | None = None
     held_goodput_over_capacity: Spread | None = None
+    held_goodput_over_capacity_without_generator: Spread | None = None
     streamed_held_goodput_over_capacity: Spread | None = None
+    streamed_held_goodput_over_capacity_without_generator: Spread | None = None
 
     @property
     def label(self) -> str:

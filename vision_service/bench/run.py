@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from typing import Any
 from vision_service.bench import inprocess, served
 from vision_service.bench.cpu import cpu_model, memory_mb, reset_peak
 from vision_service.bench.inprocess import Worker
+from vision_service.bench.load import HELD_CALLERS, LoadResult
 from vision_service.bench.plan import Plan, Variant
 from vision_service.bench.report import ModelReport, Report
 from vision_service.bench.served import Target
@@ -109,13 +110,34 @@ def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
     if "overload" in plan.measures:
-        rate = plan.overload * by_round([images_per_s(one) for one in rounds.served])[-1]
-        rounds.overload.append(target.load(plan, rate=rate))
-        rounds.held_overload.append(target.load(plan, rate=rate, hold_back=True))
+        _overload(plan, target, rounds.served, (rounds.overload, rounds.held_overload))
     if "overload" in plan.measures and "streamed" in plan.measures:
-        rate = plan.overload * by_round([images_per_s(one) for one in rounds.streamed])[-1]
-        rounds.streamed_overload.append(target.load(plan, streamed=True, rate=rate))
-        rounds.streamed_held_overload.append(target.load(plan, streamed=True, rate=rate, hold_back=True))
+        _overload(
+            plan, target, rounds.streamed, (rounds.streamed_overload, rounds.streamed_held_overload), streamed=True
+        )
+
+
+def _overload(
+    plan: Plan,
+    target: Target,
+    closed: Sequence[LoadResult],
+    loops: tuple[list[LoadResult], list[LoadResult]],
+    *,
+    streamed: bool = False,
+) -> None:
+    """Overload from callers that go on asking, and from callers that hold back; every second round the other way round.
+
+    Args:
+        plan: how many times the speed of the closed loop.
+        target: the server.
+        closed: what the closed loop reached, turn by turn.
+        loops: where results go.
+        streamed: see `Target.load`.
+    """
+    rate = plan.overload * by_round([images_per_s(one) for one in closed])[-1]
+    kinds = [(0, loops[0]), (HELD_CALLERS, loops[1])]
+    for callers, results in kinds if len(loops[0]) % 2 == 0 else reversed(kinds):
+        results.append(target.load(plan, streamed=streamed, rate=rate, hold_back=callers))
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:

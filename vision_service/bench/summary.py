@@ -114,7 +114,11 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         held_goodput_over_capacity=_goodput(rounds.held_overload, through),
         streamed_goodput_over_capacity=_goodput(rounds.streamed_overload, streamed),
         streamed_goodput_over_capacity_without_generator=_goodput(rounds.streamed_overload, streamed_returned, cores),
+        held_goodput_over_capacity_without_generator=_goodput(rounds.held_overload, returned, cores),
         streamed_held_goodput_over_capacity=_goodput(rounds.streamed_held_overload, streamed),
+        streamed_held_goodput_over_capacity_without_generator=_goodput(
+            rounds.streamed_held_overload, streamed_returned, cores
+        ),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from vision_service.bench.load import HELD_BACK
 from vision_service.bench.report import Flow, ModelReport, Report
 from vision_service.bench.stats import Percentiles, Spread
 
@@ -31,9 +32,9 @@ def _model_lines(model: ModelReport, in_flight: int) -> Iterator[str]:
         (f"on a stream, {in_flight} in flight", model.streamed),
         (f"served, open loop at {model.offered_per_s or 0:.0f}/s", model.open),
         (f"served, {model.overload_offered or 0:g} x as many", model.overload),
-        (f"served, {model.overload_offered or 0:g} x as many, held back", model.held_overload),
+        (f"served, {model.overload_offered or 0:g} x as many, callers hold back", model.held_overload),
         (f"on a stream, {model.overload_offered or 0:g} x as many", model.streamed_overload),
-        (f"on a stream, {model.overload_offered or 0:g} x as many, held back", model.streamed_held_overload),
+        (f"on a stream, {model.overload_offered or 0:g} x as many, callers hold back", model.streamed_held_overload),
     )
     rows += [_flow_row(name, flow) for name, flow in flows if flow is not None]
     singles = (("pipeline, one at a time", model.single_pipeline_ms), ("served, one at a time", model.single_served_ms))
@@ -64,7 +65,9 @@ RATIOS = (
     "streamed_goodput_over_capacity",
     "streamed_goodput_over_capacity_without_generator",
     "held_goodput_over_capacity",
+    "held_goodput_over_capacity_without_generator",
     "streamed_held_goodput_over_capacity",
+    "streamed_held_goodput_over_capacity_without_generator",
 )
 """Fields of `ModelReport`, in the order in which they are shown."""
 
@@ -88,7 +91,8 @@ def _notes(name: str, flow: Flow) -> Iterator[str]:
         yield f"  {name}: load generator: {flow.generator_cpu_ms:.2f} CPU ms/image, {share:.1f} % of all cores' time"
     for status, count in flow.failed.items():
         late = flow.failed_latency_ms.get(status)
-        yield f"  {name}: {count} calls ended {status}" + (f", p99 after {late.p99:.1f} ms" if late else "")
+        how = "calls were held back" if status == HELD_BACK else f"calls ended {status}"
+        yield f"  {name}: {count} {how}" + (f", p99 after {late.p99:.1f} ms" if late else "")
 
 
 def _speed(speed: Spread) -> str:

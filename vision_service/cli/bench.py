@@ -40,7 +40,12 @@ def bench(
         float, typer.Option(help="Calls a second in an open loop, as well as the rest; 0: no open loop.", min=0)
     ] = 0.0,
     overload: Annotated[
-        float, typer.Option(help="Another open loop, at so many times the speed of the closed one; 0: none.", min=0)
+        float,
+        typer.Option(
+            help="Open loops at so many times the speed of the closed one, by callers that hold back and that do not; "
+            "0: none.",
+            min=0,
+        ),
     ] = 0.0,
     seconds: Annotated[float, typer.Option(help="Length of each measurement in a round.", min=0.1)] = 5.0,
     warmup: Annotated[float, typer.Option(help="Seconds before each measurement.", min=0)] = 1.0,

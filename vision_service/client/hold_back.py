@@ -8,12 +8,17 @@ Engineering, chapter 21): the server names a time, so nothing has to be guessed 
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vision_service.client.failures import AttemptFailed, Failure
+
+LONGEST_S = 10.0
+"""A server is asked again after so many seconds, whatever time it had named: it may have been wrong, or have gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class HoldBack:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # No lock: each use is one step on the dictionary, and of two refusals at one moment either will do.
+        self._lock = threading.Lock()
         self._refusals: dict[Hashable, _Refusal] = {}
 
     @contextmanager
@@ -58,23 +63,26 @@ class HoldBack:
 
     def failure(self, kind: Hashable) -> Failure | None:
         """Why a request is not to be sent now; ``None``: it is."""
-        refusal = self._refusals.get(kind)
-        if refusal is None:
-            return None
+        with self._lock:
+            refusal = self._refusals.get(kind)
         now_s = self._clock()
-        left_s = refusal.until_s - now_s
-        if left_s <= 0:
-            self._refusals.pop(kind, None)
+        if refusal is None or refusal.until_s <= now_s:
             return None
+        left_s = refusal.until_s - now_s
         return Failure(
             "RESOURCE_EXHAUSTED",
             f"not sent: {now_s - refusal.at_s:.2f} s ago the server had no room for such a request; "
-            f"call again in {left_s:.2f} s. It had said: {refusal.message}",
-            pushback_ms=max(1, round(1000 * left_s)),
+            f'call again in {left_s:.2f} s. The server had said: "{refusal.message}"',
+            pushback_ms=math.ceil(1000 * left_s),
         )
 
     def heed(self, kind: Hashable, failure: Failure) -> None:
         """Learn from a failure. Those that do not say when to come back hold nothing."""
-        if failure.status == "RESOURCE_EXHAUSTED" and failure.pushback_ms is not None and failure.pushback_ms > 0:
-            now_s = self._clock()
-            self._refusals[kind] = _Refusal(now_s, now_s + failure.pushback_ms / 1e3, failure.message)
+        if failure.status != "RESOURCE_EXHAUSTED" or failure.pushback_ms is None or failure.pushback_ms <= 0:
+            return
+        now_s = self._clock()
+        refusal = _Refusal(now_s, now_s + min(failure.pushback_ms / 1e3, LONGEST_S), failure.message)
+        with self._lock:
+            for old in [old for old, known in self._refusals.items() if known.until_s <= now_s]:
+                del self._refusals[old]
+            self._refusals[kind] = refusal

@@ -46,10 +46,12 @@ class VisionClient:
             large one before it; a proxy that balances by calls sends all of them to one server; and when the stream
             breaks, all that is under way is sent again. Where a server has no streams, and for a request that a stream
             cannot take, the client makes calls.
-        hold_back: whether predictions of a method and a model are held back once the server had no room for one, until
-            the time that it named. Until then they fail, or are tried again, as if the server had refused them, and it
-            is not asked: each refusal costs it a part of an image (``vision-service bench --overload`` measures it).
-            For clients of one server: behind a proxy that balances by calls another one may have room.
+        hold_back: whether predictions by a method and a model's name and version are held back once the server had no
+            room for one, until the time that it named, 10 s at most. Until then they are not sent, which is an attempt
+            like one that the server refused: they fail or are tried again. That spares a full server its refusals, each
+            of which costs it a part of an image (``vision-service bench --overload`` measures it). In return, all of a
+            model's requests fail for a moment where some would have found room. For clients of one server: behind a
+            proxy that balances by calls another one may have room.
 
     Raises:
         InvalidInput: ``max_attempts`` is below 1.

@@ -78,7 +78,8 @@ class Pipeline:
         """Whether a call of a task would be let in, whichever model it names: asked before its message is read.
 
         Raises:
-            QueueFull: every model of the task is full, or the decoders are.
+            QueueFull: every model of the task is full, or the decoders are. Of several models that which names the
+                soonest time, since it is not known which one is meant.
         """
         self._admission.check()
         full: QueueFull | None = None
@@ -86,7 +87,8 @@ class Pipeline:
             try:
                 host.check_room()
             except QueueFull as error:
-                full = error
+                if full is None or error.retry_after_s < full.retry_after_s:
+                    full = error
             except ModelUnavailable:
                 continue
             else:
