@@ -159,7 +159,7 @@ def few_callers(monkeypatch):
 @pytest.mark.usefixtures("few_callers")
 def test_open_loops(bench, address):
     arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
-    result, report = bench(*arguments, "--rate", 20, "--overload", 5)
+    result, report = bench(*arguments, "--rate", 20, "--overload", 5, "--rounds", 2)
     assert result.exit_code == 0, result.output
     (model,) = report.models
     assert model.offered_per_s == 20

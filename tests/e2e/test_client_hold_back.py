@@ -103,8 +103,8 @@ def test_the_load_generator_holds_back_as_clients_do(serve, streamed, callers, a
     message = pb.PredictItem(classify=request) if streamed else request
     method = "/vision.v1.VisionService/" + ("Predict" if streamed else "Classify")
     how = {"wire": StreamConnection} if streamed else {}
-    load = Load(serve(server), method, [message.SerializeToString()], rate=400.0, warmup_s=0.0, seconds=1.0, **how)
-    found = generate(replace(load, hold_back=callers))
+    load = Load(serve(server), method, [message.SerializeToString()], rate=200.0, warmup_s=0.0, seconds=2.0, **how)
+    found = generate(replace(load, held_callers=callers))
     asked, held = (len(found.latencies_s.get(status, ())) for status in ("RESOURCE_EXHAUSTED", "HELD_BACK"))
     assert len(server.asked) == asked >= asked_at_least
     if callers:
@@ -160,6 +160,13 @@ def test_a_full_server_is_asked_again_when_it_has_room(tmp_path, connect):
         until(lambda: gated.queued() == 2)
         with pytest.raises(QueueFull, match="is full") as caught:
             client.start("classify", red_image(4)).result(30)
+
+        def refused():
+            with pytest.raises(QueueFull) as caught:
+                client.start("classify", red_image(4)).result(30)
+            return str(caught.value)
+
+        until(lambda: refused().startswith("not sent: "))  # the server names 20 ms, which may be over by then
         gated.open()
         assert [red_of(future) for future in under_way] == [[1], [2], [3]]
         time.sleep(caught.value.retry_after_s)

@@ -138,6 +138,28 @@ def test_a_request_of_nothing_and_an_id_that_is_under_way(gated):
     assert red_of(stream.answers(1)[1]) == 1  # the first of that id is answered all the same
 
 
+def test_a_refusal_is_about_the_model_that_was_asked_for(tmp_path):
+    gate = tmp_path / "gate"
+    gate.touch()
+    more = f'options = {{gate = "{gate}"}}\nbatching = {{max_batch_size = 1, max_queued_jobs = 1}}'
+    with run_server(settings(tmp_path, {"one": more, "other": more})) as running, streaming(running.port) as stream:
+        gate.unlink()
+        names = {}
+        for number in range(10):  # of five to each model at most two find room: one that runs and one that waits
+            names[number] = ("one", "other")[number % 2]
+            stream.send(number, raw_request(1, model=pb.ModelSelector(name=names[number])))
+        stream.send(10, raw_request(1, model=pb.ModelSelector(name="neither")))
+        refused = {}
+        while 10 not in refused:
+            refused |= {number: answer.failure for number, answer in stream.answers(1).items()}
+        assert CODE[refused.pop(10).code] == "NOT_FOUND"
+        assert {names[number] for number in refused} == {"one", "other"}
+        for number, failure in refused.items():
+            assert CODE[failure.code] == "RESOURCE_EXHAUSTED"
+            assert f"the queue of model {names[number]}:" in failure.message
+        gate.touch()
+
+
 def test_a_full_queue_refuses_with_a_time_to_come_back_and_counts_floods(gated, caplog):
     stream, gate, queued = gated
     caplog.set_level(logging.INFO, "vision_service.access")

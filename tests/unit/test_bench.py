@@ -70,12 +70,13 @@ def test_batch_sizes_of_the_network():
 
 
 def test_generators_share_calls_rate_and_images():
-    load = Load("here:1", "/m", [b"a", b"b", b"c"], in_flight=5, rate=10.0, hold_back=5)
+    load = Load("here:1", "/m", [b"a", b"b", b"c"], in_flight=5, rate=10.0, held_callers=5)
     first, second = _share(load, 0, 2), _share(load, 1, 2)
     assert (first.in_flight, second.in_flight) == (3, 2)
     assert (first.rate, second.rate) == (5.0, 5.0)
-    assert (first.hold_back, _share(replace(load, hold_back=1), 1, 2).hold_back) == (2, 1)  # never 0, which is: nobody
-    assert _share(replace(load, hold_back=0), 0, 2).hold_back == 0
+    assert (first.held_callers, second.held_callers) == (3, 2)
+    assert _share(replace(load, held_callers=1), 1, 2).held_callers == 1  # never 0, which is: nobody
+    assert _share(replace(load, held_callers=0), 0, 2).held_callers == 0
     assert (first.messages, second.messages) == ([b"a", b"b", b"c"], [b"b", b"c", b"a"])
     one = LoadResult(1.0, {"OK": [1.0]}, server_cpu_s=4.0, generator_cpu_s=1.0, in_time=1, replies=[b"x"])
     two = LoadResult(2.0, {"OK": [2.0], "INTERNAL": [3.0]}, server_cpu_s=6.0, generator_cpu_s=2.0, in_time=3)

@@ -18,6 +18,7 @@ from vision_service.engine.build import replace_fields
 from vision_service.engine.call import Call
 from vision_service.engine.catalog import Catalog, version_key
 from vision_service.engine.host import ModelHost
+from vision_service.engine.pace import Pace
 from vision_service.engine.pipeline import Pipeline
 from vision_service.engine.queue import BatchLimits, Job
 from vision_service.engine.threads import ForwardGate, in_a_nicer_thread
@@ -829,6 +830,8 @@ def test_a_call_that_no_model_has_room_for_is_told_the_soonest_time(pipeline, ga
         )
     )
     gate.unlink()
+    for name, (call_s, max_wait_ms) in tables.items():  # as measured on a machine that is never slow
+        made.catalog.find(name)._pace = Pace(max_wait_ms / 1000, 1, call_s)
     refusals = {}
     for name in order:
         made.check_room(Task.CLASSIFY)  # one has room
@@ -841,6 +844,9 @@ def test_a_call_that_no_model_has_room_for_is_told_the_soonest_time(pipeline, ga
     with pytest.raises(QueueFull, match="calls to model fast") as caught:
         made.check_room(Task.CLASSIFY)
     assert caught.value.retry_after_s == refusals["fast"].retry_after_s
+    with pytest.raises(QueueFull, match="calls to model slow"):
+        made.check_room_of(Task.CLASSIFY, "slow", "")
+    made.check_room_of(Task.CLASSIFY, "neither", "")  # which `submit` says
     gate.touch()
 
 

@@ -74,8 +74,8 @@ class Load:
         messages: serialised requests, sent in turn.
         in_flight: calls under way at any time (closed loop); without effect when there is a rate.
         rate: calls begun a second, at random moments (open loop); 0: closed loop.
-        hold_back: so many callers make the calls of the open loop in turn, each a client with ``hold_back`` that never
-            tries again; 0: whatever was refused, calls go on. Without effect in the closed loop.
+        held_callers: so many callers make the calls of the open loop in turn, each a client with ``hold_back`` that
+            never tries again; 0: whatever was refused, calls go on. Without effect in the closed loop.
         warmup_s: left out of the figures, seconds.
         seconds: what is measured.
         server_pid: whose CPU time is read at the start and end of what is measured; 0: nobody's.
@@ -87,7 +87,7 @@ class Load:
     messages: Sequence[bytes]
     in_flight: int = 32
     rate: float = 0.0
-    hold_back: int = 0
+    held_callers: int = 0
     warmup_s: float = 1.0
     seconds: float = 5.0
     server_pid: int = 0
@@ -165,7 +165,7 @@ def _share(load: Load, index: int, of: int) -> Load:
         messages=[*load.messages[index:], *load.messages[:index]],
         in_flight=load.in_flight // of + (index < load.in_flight % of),
         rate=load.rate / of,
-        hold_back=max(1, load.hold_back // of) if load.hold_back else 0,
+        held_callers=max(1, load.held_callers // of + (index < load.held_callers % of)) if load.held_callers else 0,
     )
 
 
@@ -195,7 +195,7 @@ class _Loop(ABC):
         for reply in replies:
             due_s, caller = self._flying.pop(reply.stream)
             name = STATUS_NAMES.get(reply.status, str(reply.status))
-            if reply.retry_after_ms is not None:
+            if self._load.held_callers and reply.retry_after_ms is not None:
                 self._held.heed(caller, Failure(name, "", reply.retry_after_ms))
             if self._counting:
                 self._count(name, now_s - due_s)
@@ -265,14 +265,14 @@ class _Open(_Loop):
         self._due_s = time.perf_counter()
 
     def _begin_or_hold_back(self, due_s: float) -> None:
-        caller, self._next_caller = self._next_caller, (self._next_caller + 1) % self._load.hold_back
+        caller, self._next_caller = self._next_caller, (self._next_caller + 1) % self._load.held_callers
         if self._held.failure(caller) is None:
             self._begin(due_s, caller)
         elif self._counting:
             self._count(HELD_BACK, time.perf_counter() - due_s)
 
     def _until(self, end_s: float) -> None:
-        begin = self._begin_or_hold_back if self._load.hold_back else self._begin
+        begin = self._begin_or_hold_back if self._load.held_callers else self._begin
         while (now_s := time.perf_counter()) < end_s:
             while self._due_s <= now_s:
                 begin(self._due_s)

@@ -137,7 +137,7 @@ def _overload(
     rate = plan.overload * by_round([images_per_s(one) for one in closed])[-1]
     kinds = [(0, loops[0]), (HELD_CALLERS, loops[1])]
     for callers, results in kinds if len(loops[0]) % 2 == 0 else reversed(kinds):
-        results.append(target.load(plan, streamed=streamed, rate=rate, hold_back=callers))
+        results.append(target.load(plan, streamed=streamed, rate=rate, held_callers=callers))
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:
@@ -178,6 +178,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "in_flight": plan.in_flight,
         "rate": plan.rate,
         "overload": plan.overload,
+        "held_callers": HELD_CALLERS,
         "seconds": plan.seconds,
         "warmup_s": plan.warmup_s,
         "rounds": plan.rounds,

@@ -23,7 +23,7 @@ LONGEST_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """The newest refusal of its kind: when it came, until when it holds, and what the server said."""
+    """A refusal: when it came, until when it holds, and what the server said."""
 
     at_s: float
     until_s: float
@@ -77,7 +77,7 @@ class HoldBack:
         )
 
     def heed(self, kind: Hashable, failure: Failure) -> None:
-        """Learn from a failure. Those that do not say when to come back hold nothing."""
+        """Learn from a failure. One that does not say when to come back holds nothing; of several the latest counts."""
         if failure.status != "RESOURCE_EXHAUSTED" or failure.pushback_ms is None or failure.pushback_ms <= 0:
             return
         now_s = self._clock()
@@ -85,4 +85,5 @@ class HoldBack:
         with self._lock:
             for old in [old for old, known in self._refusals.items() if known.until_s <= now_s]:
                 del self._refusals[old]
-            self._refusals[kind] = refusal
+            known = self._refusals.get(kind, refusal)
+            self._refusals[kind] = max(known, refusal, key=lambda one: one.until_s)

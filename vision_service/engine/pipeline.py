@@ -26,6 +26,8 @@ from vision_service.engine.threads import be_nicer
 from vision_service.errors import (
     DeadlineExceeded,
     InvalidImage,
+    InvalidInput,
+    ModelNotFound,
     ModelUnavailable,
     QueueFull,
     VisionError,
@@ -95,6 +97,18 @@ class Pipeline:
                 return
         if full is not None:
             raise full
+
+    def check_room_of(self, task: Task, model: str, version: str) -> None:
+        """Whether a call that names a model would be let in: asked before its image is copied.
+
+        Raises:
+            QueueFull: the model is full, or the decoders are. What else is wrong with the call `submit` says.
+        """
+        self._admission.check()
+        try:
+            self.catalog.get(task, model, version).check_room()
+        except (ModelNotFound, ModelUnavailable, InvalidInput):
+            return
 
     def submit(
         self,

@@ -189,8 +189,10 @@ class _Stream:
                 raise InvalidInput("request", "is not set; set one of classify, detect, segment and translate")
             if request.number in self._under_way:
                 raise InvalidInput("id", f"{request.number} is under way; number requests so that its answer is known")
-            self._pipeline.check_room(Task(kind))  # before the image is copied out of its message
-            call = _READ[kind](getattr(item, kind))
+            asked = getattr(item, kind)
+            # Before the image is copied out of its message.
+            self._pipeline.check_room_of(Task(kind), asked.model.name, asked.model.version)
+            call = _READ[kind](asked)
             request.form = call.form
             request.answer = self._pipeline.submit(
                 call.image,
