@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +10,7 @@ import grpc
 import pytest
 from tiny_backend import SEEN
 
-from tests.e2e.test_client_stream import Tasks, Threads, red_of, serve_gated
+from tests.e2e.test_client_stream import Tasks, Threads, red_of, serve_gated, serve_scripted
 from tests.helpers import red_image, until
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
@@ -82,17 +81,7 @@ def connect(request, kind):
 def serve():
     """Serves what is given; returns the address."""
     with ExitStack() as stack:
-
-        def start(servicer):
-            threads = stack.enter_context(ThreadPoolExecutor(8))
-            running = grpc.server(threads)
-            pb_grpc.add_VisionServiceServicer_to_server(servicer, running)
-            port = running.add_insecure_port("127.0.0.1:0")
-            running.start()
-            stack.callback(lambda: running.stop(0).wait())
-            return f"127.0.0.1:{port}"
-
-        yield start
+        yield lambda servicer: stack.enter_context(serve_scripted(servicer))
 
 
 @pytest.mark.parametrize(("callers", "asked_at_least"), [(0, 200), (1, 1), (4, 4)])

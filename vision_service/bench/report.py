@@ -65,8 +65,8 @@ class ModelReport:
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
         overload_offered: that multiple.
-        held_overload: at the same rate, from 16 callers that hold back, each by itself, and never try again
-            (`vision_service.client.hold_back`).
+        held_overload: at the same rate, from ``held_callers`` of the plan, who hold back, each by itself, and never try
+            again (`vision_service.client.hold_back`).
         streamed_overload: as ``overload``, at the same multiple of what is ``streamed``, on one stream.
         streamed_held_overload: at the same rate, from callers that hold back.
         queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
@@ -138,7 +138,7 @@ class Report:
 
     Attributes:
         machine: processor, cores, versions, when.
-        plan: what was asked for: seconds, rounds, calls in flight, images.
+        plan: what was asked for: seconds, rounds, calls in flight, images, callers that hold back.
         models: what was found.
     """
 

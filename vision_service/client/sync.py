@@ -30,7 +30,8 @@ class VisionClient:
     Errors are the classes of `vision_service.errors` that the server raised, its message unchanged, the
     ``grpc.RpcError`` as their cause; ``request_id`` and ``address`` are attributes of them. A full queue and a server
     that is away are tried again within the deadline, see `RetryPolicy`. On a stream, a request that failed by itself
-    has no ``grpc.RpcError``.
+    has no ``grpc.RpcError``; a prediction that was held back was not sent, has neither that nor a request id, and its
+    message is the client's.
 
     Args:
         address: ``host:port``.
