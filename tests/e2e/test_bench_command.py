@@ -16,6 +16,7 @@ from vision_service.bench.http2 import GrpcConnection
 from vision_service.bench.load import Load, generate
 from vision_service.bench.plan import Setup, Variant
 from vision_service.bench.report import Report
+from vision_service.bench.served import Target
 from vision_service.bench.stream import StreamConnection
 from vision_service.cli import app
 from vision_service.client import codec
@@ -157,10 +158,18 @@ def few_callers(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_callers")
-def test_open_loops(bench, address):
+def test_open_loops(bench, address, monkeypatch):
+    order, measure = [], Target.load
+
+    def load(target, plan, **more):
+        order.extend([more["held_callers"]] if "held_callers" in more else [])
+        return measure(target, plan, **more)
+
+    monkeypatch.setattr(Target, "load", load)
     arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
     result, report = bench(*arguments, "--rate", 20, "--overload", 5, "--rounds", 2)
     assert result.exit_code == 0, result.output
+    assert order == [0, 2, 2, 0]  # what comes first in one round comes last in the next
     (model,) = report.models
     assert model.offered_per_s == 20
     assert model.open.images_per_s.median < 60  # whatever the server could do, no more was sent
