@@ -14,10 +14,11 @@ FLOORS = [
     {"cli", "__main__"},
     {"bench"},
     {"server", "client", "evaluation", "jobs"},
+    {"rpc"},
     {"engine"},
     {"backends", "runtimes"},
     {"imaging", "networks", "weights", "wire", "zoo", "records"},
-    {"cluster", "config", "model_info", "segments"},
+    {"cluster", "config", "http2", "model_info", "segments"},
     {"types", "errors", "api"},
 ]
 """From the roof down: a room imports from its own floor or from those below."""
@@ -62,7 +63,8 @@ def test_arrows_point_down(path):
 
 
 @pytest.mark.parametrize(
-    ("library", "allowed"), [("grpc", {"server", "client", "api"}), ("ultralytics", {"backends"}), ("torch", None)]
+    ("library", "allowed"),
+    [("grpc", {"server", "rpc", "client", "api"}), ("ultralytics", {"backends"}), ("torch", None)],
 )
 def test_only_some_rooms_use_a_library(library, allowed):
     users = {room_of(path) for path in rooms() if any(name.split(".")[0] == library for name in imports(path))}

@@ -30,6 +30,9 @@ def serve(
     runtime: options.Runtime = None,
     precision: options.Precision = None,
     calibration_folder: options.CalibrationFolder = None,
+    transport: Annotated[
+        str | None, typer.Option(help="What takes calls: grpcio, or asyncio, which costs less.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     engine: options.Engine = "local",
@@ -63,6 +66,7 @@ def serve(
         "runtime": runtime,
         "precision": precision,
         "calibration_folder": calibration_folder,
+        "transport": transport,
         "log_level": log_level.upper() if log_level else None,
         "log_format": log_format,
     }

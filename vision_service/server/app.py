@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as aio_health
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
@@ -21,6 +21,7 @@ from vision_service.engine.build import build_pipeline, resolve_specs
 from vision_service.engine.garbage import settle_garbage
 from vision_service.engine.slices import short_slices
 from vision_service.errors import ConfigError, VisionError
+from vision_service.rpc.server import RpcServer
 from vision_service.server.access import AccessLog
 from vision_service.server.calls import Calls
 from vision_service.server.servicers import ModelServicer, StreamingServicer
@@ -76,17 +77,13 @@ class VisionServer:
         """
         for service in ("", *SERVICES, *Task):  # the health servicer starts out as SERVING
             await self._health.set(str(service), NOT_SERVING)
-        options = [
-            ("grpc.max_receive_message_length", self.settings.max_message_bytes),
-            ("grpc.max_send_message_length", self.settings.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-        ]
-        self._server = grpc.aio.server(options=options)
+        self._server = self._listener()
         pb_grpc.add_VisionServiceServicer_to_server(StreamingServicer(self.pipeline, self._streams), self._calls)
         pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
         self._server.add_generic_rpc_handlers((self._calls,))
-        reflection.enable_server_reflection((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+        described = reflection.aio.ReflectionServicer((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, self._calls)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
             self.port = self._server.add_insecure_port(address)
@@ -95,6 +92,19 @@ class VisionServer:
         await self._server.start()
         await self._load_models()
         return self.port
+
+    def _listener(self) -> Any:
+        """What takes calls, as the settings want it."""
+        most = self.settings.max_message_bytes
+        if self.settings.transport == "asyncio":
+            return RpcServer(most)
+        return grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", most),
+                ("grpc.max_send_message_length", most),
+                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+            ]
+        )
 
     async def _load_models(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,438 @@
+"""One connection of a client: reads its frames, keeps to its windows, and ends it where it breaks the rules.
+
+Everything that can be made to grow is bounded: header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that
+ask for nothing, and answers to a peer that does not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+from vision_service.http2 import frames
+from vision_service.http2.fields import MAX_FIELDS_BYTES, FieldReader, Malformed, Request
+from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
+from vision_service.http2.sender import Sender
+from vision_service.http2.stream import RECEIVE_WINDOW, Exchange, Stream
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS = 4096
+"""Streams that may be at work at one time on a connection, those included that were reset and whose exchange has not
+ended yet: whoever resets what it asks for shall not have more under way than others (CVE-2023-44487, CVE-2025-8671)."""
+
+CONNECTION_WINDOW = 16 * 1024 * 1024
+"""Bytes that may be on their way to us on a connection."""
+
+_READ_BYTES = 256 * 1024
+"""Most that is read in one go."""
+
+_MOST_IDLE_FRAMES = 1000
+_IDLE_WINDOW_S = 10.0
+"""So many frames that ask for nothing (pings, settings, empty ones, ...) may come in so many seconds between two that
+do (CVE-2019-9511 to 9518)."""
+
+_PREFACE_S = 30.0
+"""How long a client may take to say that it speaks HTTP/2."""
+
+_LINGER_S = 30.0
+"""How long the last answers may take to get out, once a connection is to be closed."""
+
+_SETTINGS = frames.settings(
+    {
+        frames.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+        frames.INITIAL_WINDOW_SIZE: RECEIVE_WINDOW,
+        frames.MAX_HEADER_LIST_SIZE: MAX_FIELDS_BYTES,
+    }
+) + frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
+
+_NOT_HTTP2 = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This port speaks gRPC: HTTP/2 without TLS, with prior knowledge.\n"
+)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection. Used on the event loop alone.
+
+    Args:
+        begin: makes what answers a request.
+        opened: called when the connection is there.
+        closed: called when it is gone.
+
+    Attributes:
+        peer: the client's address, as gRPC writes it: ``ipv4:127.0.0.1:50051``, ``ipv6:%5B::1%5D:50051``.
+        sender: its sending half; from `connection_made` on.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Stream, Request], Exchange],
+        opened: Callable[[Connection], None],
+        closed: Callable[[Connection], None],
+    ) -> None:
+        self._begin = begin
+        self._opened = opened
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = None
+        self.sender: Sender
+        self.peer = ""
+        self._buffer = bytearray(_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._greeted = False
+        self._fields = FieldReader()
+        self._block: tuple[int, int, bytearray] | None = None  # stream, flags and what there is of its header fields
+        self._streams: dict[int, Stream] = {}
+        self._last_stream = 0
+        self._at_work = 0
+        self._ending = False  # no further streams
+        self._idle_frames = 0
+        self._idle_since_s = 0.0
+        self._receive_window = CONNECTION_WINDOW
+        self._timer: asyncio.TimerHandle | None = None
+
+    # What the event loop calls
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio."""
+        self._transport = transport
+        self.sender = Sender(transport, self._loop)
+        self.peer = _peer(transport.get_extra_info("peername"))
+        self._timer = self._loop.call_later(_PREFACE_S, transport.abort)
+        self.sender.put(_SETTINGS)
+        self._opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._ending = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.sender.drop()
+        for stream in list(self._streams.values()):
+            stream.abort()
+        self._closed(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """See asyncio."""
+        return self._view[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See asyncio."""
+        self._filled += nbytes
+        if self._transport.is_closing():
+            self._filled = 0
+            return
+        try:
+            read = self._read()
+        except ConnectionFault as fault:
+            self._fail(fault.code, str(fault))
+            return
+        if read:
+            rest = self._filled - read
+            self._view[:rest] = bytes(self._view[read : self._filled])  # a part of a frame; they may overlap
+            self._filled = rest
+
+    def pause_writing(self) -> None:
+        """See asyncio."""
+        self.sender.paused = True
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self.sender.paused = False
+        self.sender.feed_waiting()
+
+    # What streams call
+
+    def forget(self, number: int) -> None:
+        """A stream is closed."""
+        del self._streams[number]
+
+    def stream_over(self) -> None:
+        """A stream is closed and its exchange has ended."""
+        self._at_work -= 1
+        if self._ending and not self._streams:
+            self._hang_up()
+
+    # What the server calls
+
+    def drain(self) -> None:
+        """Take no further requests; hang up when those under way are answered."""
+        if self._ending or self._transport is None:
+            return
+        self._ending = True
+        self.sender.put(frames.goaway(self._last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
+        if not self._streams:
+            self._hang_up()
+
+    @property
+    def socket(self) -> Any:
+        """Its socket, for options."""
+        return self._transport.get_extra_info("socket")
+
+    def abort(self) -> None:
+        """Hang up, and forget what was not sent."""
+        self._transport.abort()
+
+    def close(self) -> None:
+        """Hang up, whatever is under way."""
+        self._ending = True
+        for stream in list(self._streams.values()):
+            stream.abort()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if not self._transport.is_closing():
+            self.sender.flush()
+            self._transport.close()
+            self._loop.call_later(_LINGER_S, self._transport.abort)
+
+    def _fail(self, code: ErrorCode, message: str) -> None:
+        """The peer has broken the rules."""
+        logger.info("%s: %s (%s); hanging up", self.peer, message, code.name)
+        self.sender.put(frames.goaway(self._last_stream, code, message))
+        self.close()
+
+    # Reading
+
+    def _read(self) -> int:
+        """Take in the frames that are there. Returns how many bytes they were."""
+        at = 0
+        if not self._greeted:
+            if not self._greet():
+                return 0
+            at = len(frames.PREFACE)
+        buffer, view, filled = self._buffer, self._view, self._filled
+        unpack = frames.FRAME.unpack_from
+        while filled - at >= frames.HEADER_BYTES:
+            high, low, kind, flags, number = unpack(buffer, at)
+            start = at + frames.HEADER_BYTES
+            length = high << 8 | low
+            if length > frames.DEFAULT_MAX_FRAME:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most 16384")
+            if start + length > filled:
+                break
+            at = start + length
+            try:
+                self._take(kind, flags, number & frames.LARGEST_STREAM, view[start:at])
+            except StreamFault as fault:
+                self._fail_stream(fault)
+            if self._transport.is_closing():
+                break
+        if self._receive_window < CONNECTION_WINDOW // 2:
+            self.sender.put(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
+            self._receive_window = CONNECTION_WINDOW
+        return at
+
+    def _greet(self) -> bool:
+        """Whether the preface is there."""
+        got = bytes(self._view[: min(self._filled, len(frames.PREFACE))])
+        if not frames.PREFACE.startswith(got):
+            logger.info("%s does not speak HTTP/2 without TLS: it began with %r", self.peer, got[:16])
+            self.sender.drop()
+            if got[:1].isalpha():  # HTTP/1, so a person may see it
+                self._transport.write(_NOT_HTTP2)
+            self._hang_up()
+            return False
+        if len(got) < len(frames.PREFACE):
+            return False
+        self._greeted = True
+        if self._timer is not None:
+            self._timer.cancel()
+        return True
+
+    def _take(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        if self._block is not None and kind != frames.CONTINUATION:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "header fields were begun and not ended")
+        if kind == frames.DATA:
+            self._take_data(flags, number, payload)
+        elif kind == frames.HEADERS:
+            self._take_headers(flags, number, payload)
+        elif kind == frames.WINDOW_UPDATE:
+            self._take_window(number, payload)
+        elif kind == frames.RST_STREAM:
+            self._take_reset(number, payload)
+        else:
+            self._count_idle()
+            if kind == frames.CONTINUATION:
+                self._take_continuation(flags, number, payload)
+            elif kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
+                self._take_of_connection(kind, flags, number, payload)
+            elif kind == frames.PRIORITY:
+                _check(number, len(payload), 5, "PRIORITY")
+            elif kind == frames.PUSH_PROMISE:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "clients do not promise")
+
+    def _count_idle(self) -> None:
+        now_s = self._loop.time()
+        if now_s - self._idle_since_s > _IDLE_WINDOW_S:
+            self._idle_since_s, self._idle_frames = now_s, 0
+        self._idle_frames += 1
+        if self._idle_frames > _MOST_IDLE_FRAMES:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that ask for nothing")
+
+    def _take_data(self, flags: int, number: int, payload: memoryview) -> None:
+        self._receive_window -= len(payload)
+        if self._receive_window < 0:
+            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more content than the connection's window")
+        stream = self._streams.get(number)
+        if stream is None:
+            if number == 0 or number > self._last_stream:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"DATA on stream {number}, which was not begun")
+            return  # it was on its way when the stream ended
+        if stream.remote_ended:
+            raise StreamFault(number, ErrorCode.STREAM_CLOSED, "DATA after the end of the request")
+        stream.receive_window -= len(payload)
+        if stream.receive_window < 0:
+            raise StreamFault(number, ErrorCode.FLOW_CONTROL_ERROR, "more content than the stream's window")
+        data = frames.without_padding(payload, flags)
+        if len(data) != len(payload):
+            stream.grant(len(payload) - len(data))
+        assert stream.exchange is not None, "it is not closed"
+        if data:
+            self._idle_frames = 0
+            stream.exchange.received(data)
+        else:
+            self._count_idle()
+        if flags & frames.END_STREAM and not stream.closed:
+            stream.remote_ended = True
+            stream.exchange.ended()
+
+    def _take_headers(self, flags: int, number: int, payload: memoryview) -> None:
+        if number % 2 == 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's streams have odd numbers, not {number}")
+        block = frames.without_padding(payload, flags)
+        if flags & frames.PRIORITISED:
+            if len(block) < 5:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS too short for their priority")
+            block = block[5:]
+        if flags & frames.END_HEADERS:
+            self._take_block(flags, number, bytes(block))
+        else:
+            self._block = number, flags, bytearray(block)
+
+    def _take_continuation(self, flags: int, number: int, payload: memoryview) -> None:
+        if self._block is None or self._block[0] != number:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
+        _, first_flags, block = self._block
+        block += payload
+        if len(block) > MAX_FIELDS_BYTES:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_FIELDS_BYTES} bytes of header fields")
+        if flags & frames.END_HEADERS:
+            self._block = None
+            self._take_block(first_flags, number, bytes(block))
+
+    def _take_block(self, flags: int, number: int, block: bytes) -> None:
+        """All header fields of a request are there, or of its end."""
+        ends = bool(flags & frames.END_STREAM)
+        stream = self._streams.get(number)
+        if stream is not None:
+            self._fields.skip(block)
+            if stream.remote_ended:
+                raise StreamFault(number, ErrorCode.STREAM_CLOSED, "HEADERS after the end of the request")
+            if not ends:
+                raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "a second block of header fields, not the last")
+            stream.remote_ended = True
+            assert stream.exchange is not None, "it is not closed"
+            stream.exchange.ended()
+            return
+        if number <= self._last_stream or self._ending:
+            self._fields.skip(block)  # of a stream that ended meanwhile, or came after GOAWAY
+            return
+        self._last_stream = number
+        try:
+            request = self._fields.read(block)
+        except Malformed as error:
+            raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, str(error)) from None
+        if self._at_work >= MAX_STREAMS:
+            raise StreamFault(number, ErrorCode.REFUSED_STREAM, f"{MAX_STREAMS} streams are at work")
+        self._idle_frames = 0
+        self._at_work += 1
+        stream = self._streams[number] = Stream(self, self.sender, number)
+        stream.remote_ended = ends
+        exchange = self._begin(stream, request)
+        if stream.closed:  # it was refused
+            return
+        stream.exchange = exchange
+        if ends:
+            exchange.ended()
+
+    def _take_reset(self, number: int, payload: memoryview) -> None:
+        _check(number, len(payload), 4, "RST_STREAM")
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.abort()
+        elif number > self._last_stream:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"RST_STREAM on stream {number}, which was not begun")
+
+    def _take_window(self, number: int, payload: memoryview) -> None:
+        if len(payload) != 4:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"WINDOW_UPDATE of {len(payload)} bytes")
+        more = frames.UINT32.unpack(payload)[0] & frames.LARGEST_WINDOW
+        if number == 0:
+            self.sender.widen(more)
+            self.sender.feed_waiting()
+            return
+        stream = self._streams.get(number)
+        if stream is None:
+            if number > self._last_stream:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {number}, not begun")
+            return
+        if more == 0:
+            raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE by 0 bytes")
+        stream.widen(more)
+        self.sender.feed_waiting()
+
+    def _take_of_connection(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        if number != 0:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame of the connection on stream {number}")
+        if kind == frames.PING:
+            if len(payload) != 8:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PING of {len(payload)} bytes")
+            if not flags & frames.ACK:
+                self.sender.put(frames.frame(frames.PING, frames.ACK, 0, 8), bytes(payload))
+        elif kind == frames.SETTINGS:
+            if not flags & frames.ACK:
+                self._set(frames.read_settings(bytes(payload)))
+            elif payload:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "an acknowledgement of settings has no payload")
+        # GOAWAY: the client begins no more streams, and hangs up when it has what it wants.
+
+    def _set(self, values: list[tuple[int, int]]) -> None:
+        """The peer's settings."""
+        for name, value in values:
+            if name == frames.INITIAL_WINDOW_SIZE:
+                for stream in list(self._streams.values()):
+                    try:
+                        stream.widen(value - self.sender.first_window)
+                    except StreamFault as fault:
+                        raise ConnectionFault(fault.code, str(fault)) from None
+            self.sender.heed(name, value)
+        self.sender.put(frames.frame(frames.SETTINGS, frames.ACK, 0, 0))
+        self.sender.feed_waiting()
+
+    def _fail_stream(self, fault: StreamFault) -> None:
+        logger.debug("%s: stream %d: %s (%s)", self.peer, fault.stream, fault, fault.code.name)
+        self.sender.put(frames.reset(fault.stream, fault.code))
+        stream = self._streams.get(fault.stream)
+        if stream is not None:
+            stream.abort()
+
+
+def _check(number: int, length: int, wanted: int, name: str) -> None:
+    """Check a frame that has a size and belongs to a stream."""
+    if number == 0:
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"{name} on the connection")
+    if length != wanted:
+        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"{name} of {length} bytes")
+
+
+def _peer(address: Any) -> str:
+    if not isinstance(address, tuple):
+        return f"unix:{address or ''}"
+    host, port = address[:2]
+    return f"ipv6:{quote(f'[{host}]', safe=':')}:{port}" if ":" in host else f"ipv4:{host}:{port}"

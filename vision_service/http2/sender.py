@@ -1,0 +1,127 @@
+"""The sending half of a connection: what waits for the socket, and for the peer's windows (RFC 9113, 5.2 and 6.9)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from vision_service.http2 import frames
+from vision_service.http2.frames import ConnectionFault, ErrorCode
+
+if TYPE_CHECKING:
+    from vision_service.http2.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+_WRITE_BYTES = 1024 * 1024
+"""So many bytes of content are handed to the socket in one go, for all streams together."""
+
+_MOST_UNREAD = 8 * 1024 * 1024
+"""Bytes that a peer may leave unread. Content stops long before, so it is answers to frames that it goes on sending."""
+
+
+class Sender:
+    """What is sent on a connection. Used on the event loop alone.
+
+    Args:
+        transport: asyncio's.
+        loop: the event loop.
+
+    Attributes:
+        first_window: how much of a new stream the peer takes at first, bytes.
+        paused: whether the socket takes no more for now.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._out: list[bytes | memoryview] = []
+        self._content = 0
+        self._flush_due = False
+        self._waiting: deque[Stream] = deque()
+        self._window = frames.DEFAULT_WINDOW
+        self._max_frame = frames.DEFAULT_MAX_FRAME
+        self._before_block = b""
+        self.first_window = frames.DEFAULT_WINDOW
+        self.paused = False
+
+    def put(self, *parts: bytes | memoryview) -> None:
+        """Send frames; those of one turn of the event loop are one call to the system."""
+        self._out.extend(parts)
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
+
+    def put_fields(self, number: int, block: bytes, *, end: bool) -> None:
+        """Send header fields, in as many frames as they need."""
+        block, self._before_block = self._before_block + block, b""
+        flags = frames.END_STREAM if end else 0
+        first, rest = block[: self._max_frame], block[self._max_frame :]
+        self.put(frames.frame(frames.HEADERS, flags | (0 if rest else frames.END_HEADERS), number, len(first)), first)
+        while rest:
+            part, rest = rest[: self._max_frame], rest[self._max_frame :]
+            self.put(frames.frame(frames.CONTINUATION, 0 if rest else frames.END_HEADERS, number, len(part)), part)
+
+    def put_data(self, number: int, data: memoryview) -> None:
+        """Send content, at most `sendable` bytes."""
+        self._window -= len(data)
+        self._content += len(data)
+        self.put(frames.frame(frames.DATA, 0, number, len(data)), data)
+
+    def sendable(self) -> int:
+        """Bytes of content that may be sent in a frame now, on whichever stream; none while the peer does not read."""
+        if self.paused or self._content >= _WRITE_BYTES:
+            return 0
+        return min(self._window, self._max_frame)
+
+    def wait_for_window(self, stream: Stream) -> None:
+        """Call a stream's `resume` once more may be sent."""
+        self._waiting.append(stream)
+
+    def feed_waiting(self) -> None:
+        """More may be sent: let each stream that waits have its turn."""
+        for _ in range(len(self._waiting)):
+            if self.sendable() <= 0:
+                return
+            self._waiting.popleft().resume()
+
+    def widen(self, more: int) -> None:
+        """The peer takes more on the connection.
+
+        Raises:
+            ConnectionFault: by nothing, or more than a window can have.
+        """
+        if more == 0 or self._window + more > frames.LARGEST_WINDOW:
+            code = ErrorCode.FLOW_CONTROL_ERROR if more else ErrorCode.PROTOCOL_ERROR
+            raise ConnectionFault(code, f"WINDOW_UPDATE by {more} bytes")
+        self._window += more
+
+    def heed(self, name: int, value: int) -> None:
+        """A setting of the peer's."""
+        if name == frames.INITIAL_WINDOW_SIZE:
+            self.first_window = value
+        elif name == frames.MAX_FRAME_SIZE:
+            self._max_frame = value
+        elif name == frames.HEADER_TABLE_SIZE:
+            # We use no dynamic table, and say so where the peer makes its smaller (RFC 7541, 4.2).
+            self._before_block = b"\x20"
+
+    def flush(self) -> None:
+        """Hand what there is to the socket."""
+        self._flush_due = False
+        parts, self._out, self._content = self._out, [], 0
+        if not parts or self._transport.is_closing():
+            return
+        self._transport.write(b"".join(parts))
+        if self._transport.get_write_buffer_size() > _MOST_UNREAD:
+            logger.warning("a client goes on sending and does not read; hanging up")
+            self._transport.abort()
+            return
+        self.feed_waiting()
+
+    def drop(self) -> None:
+        """Forget what was not sent."""
+        self._out.clear()
+        self._waiting.clear()

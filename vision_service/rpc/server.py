@@ -1,0 +1,155 @@
+"""The server: listens, finds handlers for calls, and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+
+import grpc
+
+from vision_service.http2.connection import Connection
+from vision_service.http2.fields import Request
+from vision_service.http2.stream import Exchange, Stream
+from vision_service.rpc.call import Call, CallDetails
+
+_BACKLOG = 512
+"""Connections that may wait to be taken."""
+
+_LAST_WORDS_S = 0.5
+"""How long clients may take to hear that their calls were not waited for."""
+
+_IDLE_S, _PROBE_S, _PROBES = 60, 20, 3
+"""After so many quiet seconds TCP asks whether a client is still there, so often and so many times."""
+
+
+class RpcServer:
+    """A gRPC server without TLS. Used on the event loop that is running when it is made.
+
+    It has the methods of `grpc.aio.Server` that an application needs, and takes the same generic handlers. Those have
+    to be coroutine functions, or asynchronous generators where responses are streamed.
+
+    Args:
+        max_message_bytes: largest message in either direction.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_bytes = max_message_bytes
+        self._handlers: list[grpc.GenericRpcHandler] = []
+        self._sockets: list[socket.socket] = []
+        self._listening: list[asyncio.Server] = []
+        self._connections: set[Connection] = set()
+        self._calls: set[Call] = set()
+        self._changed = asyncio.Event()  # a connection is gone, or the end of the grace period has moved
+        self._stopped: asyncio.Future[None] | None = None
+        self._stop_at_s = float("inf")
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Take handlers; of several that know a method the first has it."""
+        self._handlers.extend(handlers)
+
+    def add_insecure_port(self, address: str) -> int:
+        """Listen, once it is started.
+
+        Args:
+            address: ``host:port``; port 0 picks a free one. ``[::]`` means every address, of IPv4 as well.
+
+        Returns:
+            The port.
+
+        Raises:
+            RuntimeError: it cannot be listened on.
+        """
+        host, _, port = address.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        try:
+            found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, where = found[0]
+            both = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
+            listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"{address}: {error}") from None
+        self._sockets.append(listener)
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    async def start(self) -> None:
+        """Take calls."""
+        loop = asyncio.get_running_loop()
+        for listener in self._sockets:
+            server = await loop.create_server(self._connection, sock=listener, backlog=_BACKLOG)
+            self._listening.append(server)
+
+    async def stop(self, grace: float | None) -> None:
+        """Take no further calls, and wait for those under way.
+
+        Args:
+            grace: for so long, seconds; then they are cancelled. ``None``: at once. When it is called again, the
+                earlier end counts.
+        """
+        loop = asyncio.get_running_loop()
+        self._stop_at_s = min(self._stop_at_s, loop.time() + (grace or 0.0))
+        self._changed.set()
+        if self._stopped is None:
+            self._stopped = asyncio.ensure_future(self._stop())
+        await asyncio.shield(self._stopped)
+
+    async def _stop(self) -> None:
+        for server in self._listening:
+            server.close()
+        for listener in self._sockets:
+            listener.close()
+        for connection in list(self._connections):
+            connection.drain()
+        await self._connections_gone()
+        for call in list(self._calls):
+            call.stop()
+        self._stop_at_s = asyncio.get_running_loop().time() + _LAST_WORDS_S
+        await self._connections_gone()
+        for connection in list(self._connections):
+            connection.abort()
+
+    async def _connections_gone(self) -> None:
+        """Wait until every client has its answers, at most until the grace period ends."""
+        loop = asyncio.get_running_loop()
+        while self._connections and (left_s := self._stop_at_s - loop.time()) > 0:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+
+    def _connection(self) -> Connection:
+        return Connection(self._begin, self._opened, self._closed)
+
+    def _opened(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        endpoint = connection.socket
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            for name, value in ((socket.TCP_KEEPIDLE, _IDLE_S), (socket.TCP_KEEPINTVL, _PROBE_S)):
+                endpoint.setsockopt(socket.IPPROTO_TCP, name, value)
+            endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        if self._stopped is not None:
+            connection.drain()
+
+    def _closed(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._changed.set()
+
+    def _begin(self, stream: Stream, request: Request) -> Exchange:
+        call = Call(stream, stream.peer, self._max_bytes, self._call_over)
+        self._calls.add(call)
+        call.start(request, self._find)
+        return call
+
+    def _call_over(self, call: Call) -> None:
+        self._calls.discard(call)
+
+    def _find(self, details: CallDetails) -> grpc.RpcMethodHandler | None:
+        for handlers in self._handlers:
+            handler = handlers.service(details)
+            if handler is not None:
+                return handler
+        return None
