@@ -31,7 +31,7 @@ def serve(
     precision: options.Precision = None,
     calibration_folder: options.CalibrationFolder = None,
     transport: Annotated[
-        str | None, typer.Option(help="What takes calls: grpcio, or asyncio, which costs less.")
+        str | None, typer.Option(help="What takes calls: asyncio, or gRPC's own server, grpcio.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
@@ -85,7 +85,7 @@ def serve(
         raise typer.Exit(_serve_on_ray(settings, ray))
     with Downloads() as watcher:
         pull_missing(resolve_specs(settings), settings, watcher)
-    if settings.grpc_experiments:
+    if settings.grpc_experiments and settings.transport == "grpcio":
         os.environ.setdefault("GRPC_EXPERIMENTS", settings.grpc_experiments)
     from vision_service.server.app import serve as run  # with gRPC, which reads the variable when it is imported
 

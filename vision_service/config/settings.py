@@ -54,8 +54,8 @@ class ServerSettings(BaseSettings):
             them from the usable cores.
         compute_nice: by how much threads that decode and compute are nicer (see ``man 2 nice``) than those that talk to
             callers, which have short slices besides (`vision_service.engine.slices`); 0: neither.
-        transport: what takes calls: ``grpcio``, or ``asyncio``, gRPC by this project on the event loop, which leaves
-            networks more of the cores; see docs/serving.md.
+        transport: what takes calls: ``asyncio``, gRPC by this project on the event loop, or ``grpcio``, gRPC's own
+            server, which costs a call more; see docs/serving.md.
         grpc_experiments: what ``serve`` sets gRPC's variable ``GRPC_EXPERIMENTS`` to where nobody else has; empty:
             nothing. See docs/decisions.md.
         max_image_bytes: largest encoded or raw image, bytes.
@@ -91,7 +91,7 @@ class ServerSettings(BaseSettings):
     runtime_threads: Annotated[int, Field(ge=0)] = 0
     forward_passes: Annotated[int, Field(ge=0)] = 0
     compute_nice: Annotated[int, Field(ge=0, le=19)] = 10
-    transport: Literal["grpcio", "asyncio"] = "grpcio"
+    transport: Literal["asyncio", "grpcio"] = "asyncio"
     grpc_experiments: str = "-event_engine_listener"
     max_image_bytes: Count = 32 * MIB
     max_image_pixels: Count = 50_000_000

@@ -1,7 +1,8 @@
 """One connection of a client: reads its frames, keeps to its windows, and ends it where it breaks the rules.
 
-Everything that can be made to grow is bounded: header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that
-ask for nothing, and answers to a peer that does not read.
+Bounded are header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that ask for nothing, and what is handed
+to the socket of a peer that does not read. Not bounded, as with gRPC's own servers, is the sum of the requests that are
+there in part: that is `MAX_STREAMS` times what their exchanges take in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vision_service.http2 import frames
-from vision_service.http2.fields import MAX_FIELDS_BYTES, FieldReader, Malformed, Request
+from vision_service.http2.fields import MAX_BLOCK_BYTES, MAX_FIELDS_BYTES, FieldReader, Malformed, Request
 from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
 from vision_service.http2.sender import Sender
 from vision_service.http2.stream import RECEIVE_WINDOW, Exchange, Stream
@@ -27,7 +28,7 @@ ended yet: whoever resets what it asks for shall not have more under way than ot
 CONNECTION_WINDOW = 16 * 1024 * 1024
 """Bytes that may be on their way to us on a connection."""
 
-_READ_BYTES = 256 * 1024
+READ_BYTES = 256 * 1024
 """Most that is read in one go."""
 
 _MOST_IDLE_FRAMES = 1000
@@ -38,8 +39,9 @@ do (CVE-2019-9511 to 9518)."""
 _PREFACE_S = 30.0
 """How long a client may take to say that it speaks HTTP/2."""
 
-_LINGER_S = 30.0
-"""How long the last answers may take to get out, once a connection is to be closed."""
+_LINGER_S, _MOST_LINGER_S = 1.0, 30.0
+"""How long a peer may take to hang up when it was told that all is said: closing at once, with bytes of it unread, may
+lose what was said last. And how long the last answers may take to get out."""
 
 _SETTINGS = frames.settings(
     {
@@ -59,6 +61,7 @@ class Connection(asyncio.BufferedProtocol):
     """A connection. Used on the event loop alone.
 
     Args:
+        buffer: where it reads into, `READ_BYTES`; connections of one event loop may share it.
         begin: makes what answers a request.
         opened: called when the connection is there.
         closed: called when it is gone.
@@ -70,6 +73,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(
         self,
+        buffer: memoryview,
         begin: Callable[[Stream, Request], Exchange],
         opened: Callable[[Connection], None],
         closed: Callable[[Connection], None],
@@ -81,16 +85,17 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: Any = None
         self.sender: Sender
         self.peer = ""
-        self._buffer = bytearray(_READ_BYTES)
-        self._view = memoryview(self._buffer)
-        self._filled = 0
+        self._buffer = buffer
+        self._rest = b""  # of what was read: a part of a frame
         self._greeted = False
         self._fields = FieldReader()
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags and what there is of its header fields
         self._streams: dict[int, Stream] = {}
-        self._last_stream = 0
+        self._highest = 0  # number of a stream that was begun
+        self._last_stream = 0  # that was looked at
         self._at_work = 0
         self._ending = False  # no further streams
+        self._hung_up = False  # nothing is sent or heard any more
         self._idle_frames = 0
         self._idle_since_s = 0.0
         self._receive_window = CONNECTION_WINDOW
@@ -104,12 +109,11 @@ class Connection(asyncio.BufferedProtocol):
         self.sender = Sender(transport, self._loop)
         self.peer = _peer(transport.get_extra_info("peername"))
         self._timer = self._loop.call_later(_PREFACE_S, transport.abort)
-        self.sender.put(_SETTINGS)
         self._opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._ending = True
+        self._ending = self._hung_up = True
         if self._timer is not None:
             self._timer.cancel()
         self.sender.drop()
@@ -119,23 +123,27 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio."""
-        return self._view[self._filled :]
+        rest = len(self._rest)
+        self._buffer[:rest] = self._rest
+        return self._buffer[rest:]
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
-        self._filled += nbytes
-        if self._transport.is_closing():
-            self._filled = 0
+        filled = len(self._rest) + nbytes
+        self._rest = b""
+        if self._hung_up:
             return
         try:
-            read = self._read()
+            read = self._read(filled)
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
             return
-        if read:
-            rest = self._filled - read
-            self._view[:rest] = bytes(self._view[read : self._filled])  # a part of a frame; they may overlap
-            self._filled = rest
+        except Exception:
+            logger.exception("%s: a frame could not be taken in", self.peer)
+            self._fail(ErrorCode.INTERNAL_ERROR, "internal error")
+            return
+        if not self._hung_up:
+            self._rest = bytes(self._buffer[read:filled])
 
     def pause_writing(self) -> None:
         """See asyncio."""
@@ -186,10 +194,11 @@ class Connection(asyncio.BufferedProtocol):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        if not self._transport.is_closing():
-            self.sender.flush()
-            self._transport.close()
-            self._loop.call_later(_LINGER_S, self._transport.abort)
+        if not self._hung_up:
+            self._hung_up = True
+            self.sender.end()
+            self._loop.call_later(_LINGER_S, self._transport.close)
+            self._loop.call_later(_MOST_LINGER_S, self._transport.abort)
 
     def _fail(self, code: ErrorCode, message: str) -> None:
         """The peer has broken the rules."""
@@ -199,14 +208,14 @@ class Connection(asyncio.BufferedProtocol):
 
     # Reading
 
-    def _read(self) -> int:
-        """Take in the frames that are there. Returns how many bytes they were."""
+    def _read(self, filled: int) -> int:
+        """Take in the frames that are there, in the first bytes of the buffer. Returns how many bytes they were."""
         at = 0
         if not self._greeted:
-            if not self._greet():
+            if not self._greet(filled):
                 return 0
             at = len(frames.PREFACE)
-        buffer, view, filled = self._buffer, self._view, self._filled
+        buffer = self._buffer
         unpack = frames.FRAME.unpack_from
         while filled - at >= frames.HEADER_BYTES:
             high, low, kind, flags, number = unpack(buffer, at)
@@ -218,22 +227,28 @@ class Connection(asyncio.BufferedProtocol):
                 break
             at = start + length
             try:
-                self._take(kind, flags, number & frames.LARGEST_STREAM, view[start:at])
+                self._take(kind, flags, number & frames.LARGEST_STREAM, buffer[start:at])
             except StreamFault as fault:
                 self._fail_stream(fault)
-            if self._transport.is_closing():
+            except ConnectionFault:
+                raise
+            except Exception:
+                if number not in self._streams:
+                    raise
+                logger.exception("%s: stream %d failed", self.peer, number)
+                self._fail_stream(StreamFault(number, ErrorCode.INTERNAL_ERROR, "internal error"))
+            if self._hung_up:
                 break
         if self._receive_window < CONNECTION_WINDOW // 2:
             self.sender.put(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
         return at
 
-    def _greet(self) -> bool:
+    def _greet(self, filled: int) -> bool:
         """Whether the preface is there."""
-        got = bytes(self._view[: min(self._filled, len(frames.PREFACE))])
+        got = bytes(self._buffer[: min(filled, len(frames.PREFACE))])
         if not frames.PREFACE.startswith(got):
             logger.info("%s does not speak HTTP/2 without TLS: it began with %r", self.peer, got[:16])
-            self.sender.drop()
             if got[:1].isalpha():  # HTTP/1, so a person may see it
                 self._transport.write(_NOT_HTTP2)
             self._hang_up()
@@ -241,6 +256,7 @@ class Connection(asyncio.BufferedProtocol):
         if len(got) < len(frames.PREFACE):
             return False
         self._greeted = True
+        self.sender.put(_SETTINGS)
         if self._timer is not None:
             self._timer.cancel()
         return True
@@ -268,6 +284,8 @@ class Connection(asyncio.BufferedProtocol):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "clients do not promise")
 
     def _count_idle(self) -> None:
+        if self.sender.answered:
+            self.sender.answered, self._idle_frames = False, 0
         now_s = self._loop.time()
         if now_s - self._idle_since_s > _IDLE_WINDOW_S:
             self._idle_since_s, self._idle_frames = now_s, 0
@@ -281,8 +299,10 @@ class Connection(asyncio.BufferedProtocol):
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more content than the connection's window")
         stream = self._streams.get(number)
         if stream is None:
-            if number == 0 or number > self._last_stream:
+            if number == 0 or number > self._highest:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"DATA on stream {number}, which was not begun")
+            if not payload:
+                self._count_idle()
             return  # it was on its way when the stream ended
         if stream.remote_ended:
             raise StreamFault(number, ErrorCode.STREAM_CLOSED, "DATA after the end of the request")
@@ -296,7 +316,7 @@ class Connection(asyncio.BufferedProtocol):
         if data:
             self._idle_frames = 0
             stream.exchange.received(data)
-        else:
+        elif not flags & frames.END_STREAM:
             self._count_idle()
         if flags & frames.END_STREAM and not stream.closed:
             stream.remote_ended = True
@@ -320,8 +340,8 @@ class Connection(asyncio.BufferedProtocol):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, first_flags, block = self._block
         block += payload
-        if len(block) > MAX_FIELDS_BYTES:
-            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_FIELDS_BYTES} bytes of header fields")
+        if len(block) > MAX_BLOCK_BYTES:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_BLOCK_BYTES} bytes of header fields")
         if flags & frames.END_HEADERS:
             self._block = None
             self._take_block(first_flags, number, bytes(block))
@@ -340,14 +360,17 @@ class Connection(asyncio.BufferedProtocol):
             assert stream.exchange is not None, "it is not closed"
             stream.exchange.ended()
             return
-        if number <= self._last_stream or self._ending:
-            self._fields.skip(block)  # of a stream that ended meanwhile, or came after GOAWAY
+        if number <= self._highest or self._ending:  # of a stream that ended meanwhile, or came after GOAWAY
+            self._highest = max(number, self._highest)
+            self._count_idle()
+            self._fields.skip(block)
             return
-        self._last_stream = number
+        self._highest = self._last_stream = number
         try:
             request = self._fields.read(block)
         except Malformed as error:
-            raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, str(error)) from None
+            self._count_idle()
+            raise StreamFault(number, error.code, str(error)) from None
         if self._at_work >= MAX_STREAMS:
             raise StreamFault(number, ErrorCode.REFUSED_STREAM, f"{MAX_STREAMS} streams are at work")
         self._idle_frames = 0
@@ -366,7 +389,7 @@ class Connection(asyncio.BufferedProtocol):
         stream = self._streams.get(number)
         if stream is not None:
             stream.abort()
-        elif number > self._last_stream:
+        elif number > self._highest:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"RST_STREAM on stream {number}, which was not begun")
 
     def _take_window(self, number: int, payload: memoryview) -> None:
@@ -379,13 +402,13 @@ class Connection(asyncio.BufferedProtocol):
             return
         stream = self._streams.get(number)
         if stream is None:
-            if number > self._last_stream:
+            if number > self._highest:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {number}, not begun")
             return
         if more == 0:
             raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE by 0 bytes")
         stream.widen(more)
-        self.sender.feed_waiting()
+        stream.resume()
 
     def _take_of_connection(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
         if number != 0:
@@ -403,17 +426,19 @@ class Connection(asyncio.BufferedProtocol):
         # GOAWAY: the client begins no more streams, and hangs up when it has what it wants.
 
     def _set(self, values: list[tuple[int, int]]) -> None:
-        """The peer's settings."""
-        for name, value in values:
-            if name == frames.INITIAL_WINDOW_SIZE:
-                for stream in list(self._streams.values()):
-                    try:
-                        stream.widen(value - self.sender.first_window)
-                    except StreamFault as fault:
-                        raise ConnectionFault(fault.code, str(fault)) from None
+        """The peer's settings; of several values of one the last counts."""
+        before = self.sender.first_window
+        for name, value in dict(values).items():
             self.sender.heed(name, value)
         self.sender.put(frames.frame(frames.SETTINGS, frames.ACK, 0, 0))
-        self.sender.feed_waiting()
+        if self.sender.first_window == before:
+            return
+        for stream in list(self._streams.values()):
+            try:
+                stream.widen(self.sender.first_window - before)
+            except StreamFault as fault:
+                raise ConnectionFault(fault.code, str(fault)) from None
+            stream.resume()
 
     def _fail_stream(self, fault: StreamFault) -> None:
         logger.debug("%s: stream %d: %s (%s)", self.peer, fault.stream, fault, fault.code.name)
@@ -435,4 +460,5 @@ def _peer(address: Any) -> str:
     if not isinstance(address, tuple):
         return f"unix:{address or ''}"
     host, port = address[:2]
+    host = host.removeprefix("::ffff:") if "." in host else host  # of IPv4, on a socket for both
     return f"ipv6:{quote(f'[{host}]', safe=':')}:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -14,8 +14,14 @@ MAX_FIELDS_BYTES = 16_384
 """Largest header list, as RFC 9113, 6.5.2 counts it: 32 bytes for each field beside its name and value. gRPC's own
 servers take as much."""
 
-_REMEMBERED = 64
-"""So many header blocks are not decoded again while a client sends them over and over."""
+MAX_BLOCK_BYTES = 4 * MAX_FIELDS_BYTES
+"""So much is decoded all the same, for the sake of the requests that follow; a client that sends more is hung up on."""
+
+_REMEMBERED, _REMEMBERED_BYTES = 64, 1024
+"""So many header blocks of at most so many bytes are not decoded again while a client sends them over and over."""
+
+_MOST_UPDATES = 2
+"""No header block needs more changes of the table's size at its beginning (RFC 7541, 4.2)."""
 
 _PSEUDO = (b":method", b":scheme", b":path", b":authority")
 _OF_A_CONNECTION = {b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"}
@@ -24,7 +30,16 @@ _FORBIDDEN_IN_VALUE = re.compile(rb"[\x00\r\n]")
 
 
 class Malformed(ValueError):
-    """The fields are no request (RFC 9113, 8.1.1): the stream is to be reset, the connection goes on."""
+    """The fields are no request (RFC 9113, 8.1.1): the stream is to be reset, the connection goes on.
+
+    Args:
+        message: what is wrong.
+        code: with which it is reset.
+    """
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.PROTOCOL_ERROR) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +61,7 @@ class FieldReader:
     """Decodes the header blocks of one connection, all of them, in order."""
 
     def __init__(self) -> None:
-        self._decoder = Decoder(max_header_list_size=MAX_FIELDS_BYTES)
+        self._decoder = Decoder(max_header_list_size=MAX_BLOCK_BYTES)
         self._known: dict[bytes, Request] = {}
 
     def read(self, block: bytes) -> Request:
@@ -54,7 +69,7 @@ class FieldReader:
 
         Raises:
             ConnectionFault: the block cannot be decoded; nor can those that follow.
-            Malformed: it is no request.
+            Malformed: it is no request, or too large a one.
         """
         known = self._known.get(block)
         if known is not None:  # it changes no state, or it would not be here
@@ -66,7 +81,7 @@ class FieldReader:
         if not unchanged or len(self._known) >= _REMEMBERED:
             self._known.clear()  # the same bytes may mean something else from now on
         request = _request(fields)
-        if unchanged:
+        if unchanged and len(block) <= _REMEMBERED_BYTES:
             self._known[block] = request
         return request
 
@@ -82,21 +97,41 @@ class FieldReader:
         return table.maxsize, len(entries), entries[0] if entries else None
 
     def _decode(self, block: bytes) -> Sequence[tuple[bytes, bytes]]:
+        if _updates(block) > _MOST_UPDATES:
+            raise ConnectionFault(
+                ErrorCode.COMPRESSION_ERROR, "a header block that changes the table's size over and over"
+            )
         try:
             return [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError:
-            message = f"more than {MAX_FIELDS_BYTES} bytes of header fields"
+            message = f"more than {MAX_BLOCK_BYTES} bytes of header fields"
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, message) from None
         except (HPACKError, IndexError, ValueError) as error:  # the last two: a block that is cut off
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, f"the header block cannot be decoded: {error}") from None
 
 
-def _request(fields: Iterable[tuple[bytes, bytes]]) -> Request:
-    """Fields as a request, checked as RFC 9113, 8.2 and 8.3 say."""
+def _updates(block: bytes) -> int:
+    """How many changes of the table's size a block begins with (RFC 7541, 6.3), counted up to one too many."""
+    at = found = 0
+    while at < len(block) and block[at] & 0xE0 == 0x20 and found <= _MOST_UPDATES:
+        found += 1
+        more = block[at] & 0x1F == 0x1F
+        at += 1
+        while more and at < len(block):
+            more = block[at] & 0x80 != 0
+            at += 1
+    return found
+
+
+def _request(fields: Sequence[tuple[bytes, bytes]]) -> Request:
+    """Fields as a request, checked as RFC 9113, 8.2 and 8.3 say; but space around values is dropped, as gRPC does."""
+    size = sum(len(name) + len(value) + 32 for name, value in fields)
+    if size > MAX_FIELDS_BYTES:
+        raise Malformed(f"{size} bytes of header fields; at most {MAX_FIELDS_BYTES}", ErrorCode.ENHANCE_YOUR_CALM)
     pseudo: dict[bytes, bytes] = {}
     others: list[tuple[str, bytes]] = []
     for name, value in fields:
-        if _FORBIDDEN_IN_VALUE.search(value) or value[:1] in (b" ", b"\t") or value[-1:] in (b" ", b"\t"):
+        if _FORBIDDEN_IN_VALUE.search(value):
             raise Malformed(f"the value of {name!r} has bytes that are not allowed")
         if name.startswith(b":"):
             if others or name in pseudo or name not in _PSEUDO:
@@ -107,7 +142,7 @@ def _request(fields: Iterable[tuple[bytes, bytes]]) -> Request:
             raise Malformed(f"{name!r} is no name of a field in lower case")
         if name in _OF_A_CONNECTION or (name == b"te" and value != b"trailers"):
             raise Malformed(f"{name!r} is of HTTP/1")
-        others.append((name.decode("ascii"), value))
+        others.append((name.decode("ascii"), value.strip(b" \t")))
     missing = [name for name in _PSEUDO[:3] if not pseudo.get(name)]
     if missing:
         raise Malformed(f"{missing[0]!r} is missing")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vision_service.http2 import frames
@@ -32,6 +31,7 @@ class Sender:
     Attributes:
         first_window: how much of a new stream the peer takes at first, bytes.
         paused: whether the socket takes no more for now.
+        answered: whether something that was asked for was sent; for whoever sets it back.
     """
 
     def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -40,12 +40,14 @@ class Sender:
         self._out: list[bytes | memoryview] = []
         self._content = 0
         self._flush_due = False
-        self._waiting: deque[Stream] = deque()
+        self._waiting: dict[Stream, None] = {}  # in order
         self._window = frames.DEFAULT_WINDOW
         self._max_frame = frames.DEFAULT_MAX_FRAME
         self._before_block = b""
+        self._ended = False
         self.first_window = frames.DEFAULT_WINDOW
         self.paused = False
+        self.answered = False
 
     def put(self, *parts: bytes | memoryview) -> None:
         """Send frames; those of one turn of the event loop are one call to the system."""
@@ -56,6 +58,7 @@ class Sender:
 
     def put_fields(self, number: int, block: bytes, *, end: bool) -> None:
         """Send header fields, in as many frames as they need."""
+        self.answered = True
         block, self._before_block = self._before_block + block, b""
         flags = frames.END_STREAM if end else 0
         first, rest = block[: self._max_frame], block[self._max_frame :]
@@ -66,26 +69,33 @@ class Sender:
 
     def put_data(self, number: int, data: memoryview) -> None:
         """Send content, at most `sendable` bytes."""
+        self.answered = True
         self._window -= len(data)
         self._content += len(data)
         self.put(frames.frame(frames.DATA, 0, number, len(data)), data)
 
     def sendable(self) -> int:
         """Bytes of content that may be sent in a frame now, on whichever stream; none while the peer does not read."""
-        if self.paused or self._content >= _WRITE_BYTES:
+        if self.paused:
             return 0
-        return min(self._window, self._max_frame)
+        return min(self._window, self._max_frame, _WRITE_BYTES - self._content)
 
-    def wait_for_window(self, stream: Stream) -> None:
-        """Call a stream's `resume` once more may be sent."""
-        self._waiting.append(stream)
+    def wait_for_turn(self, stream: Stream) -> None:
+        """Call a stream's `resume` once more may be sent on the connection."""
+        self._waiting[stream] = None
+
+    def forget(self, stream: Stream) -> None:
+        """A stream is closed, and waits for nothing."""
+        self._waiting.pop(stream, None)
 
     def feed_waiting(self) -> None:
         """More may be sent: let each stream that waits have its turn."""
         for _ in range(len(self._waiting)):
-            if self.sendable() <= 0:
+            if self.sendable() <= 0 or not self._waiting:
                 return
-            self._waiting.popleft().resume()
+            stream = next(iter(self._waiting))
+            del self._waiting[stream]
+            stream.resume()
 
     def widen(self, more: int) -> None:
         """The peer takes more on the connection.
@@ -112,7 +122,7 @@ class Sender:
         """Hand what there is to the socket."""
         self._flush_due = False
         parts, self._out, self._content = self._out, [], 0
-        if not parts or self._transport.is_closing():
+        if not parts or self._ended or self._transport.is_closing():
             return
         self._transport.write(b"".join(parts))
         if self._transport.get_write_buffer_size() > _MOST_UNREAD:
@@ -120,6 +130,13 @@ class Sender:
             self._transport.abort()
             return
         self.feed_waiting()
+
+    def end(self) -> None:
+        """Send what there is, and nothing after it."""
+        self.flush()
+        if not self._ended and not self._transport.is_closing():
+            self._ended = True
+            self._transport.write_eof()
 
     def drop(self) -> None:
         """Forget what was not sent."""

@@ -27,8 +27,8 @@ class Exchange(Protocol):
     def drained(self) -> None:
         """Everything that was to be sent is on its way."""
 
-    def aborted(self) -> None:
-        """The stream is over before its answer was: nobody wants it any more."""
+    def closed(self, *, aborted: bool) -> None:
+        """Nothing can be sent any more: all of the answer is on its way, or, aborted, nobody wants it."""
 
 
 class Stream:
@@ -53,7 +53,6 @@ class Stream:
         "_trailers",
         "_ungranted",
         "_unsent",
-        "_waits",
         "closed",
         "exchange",
         "number",
@@ -74,7 +73,6 @@ class Stream:
         self._ungranted = 0
         self._unsent: deque[memoryview] = deque()
         self._trailers: bytes | None = None
-        self._waits = False
 
     @property
     def peer(self) -> str:
@@ -114,7 +112,7 @@ class Stream:
         """End the stream as it is."""
         if not self.closed:
             self._sender.put(reset(self.number, code))
-            self._close()
+            self._close(aborted=True)
 
     def release(self) -> None:
         """Its exchange does nothing any more. Until then the stream counts as one of those that are at work."""
@@ -136,11 +134,11 @@ class Stream:
         sender, unsent = self._sender, self._unsent
         while unsent:
             data = unsent[0]
-            size = min(len(data), self._send_window, sender.sendable())
+            sendable = sender.sendable()
+            size = min(len(data), self._send_window, sendable)
             if size <= 0:
-                if not self._waits:
-                    self._waits = True
-                    sender.wait_for_window(self)
+                if sendable <= 0:  # else `widen` will tell
+                    sender.wait_for_turn(self)
                 return False
             sender.put_data(self.number, data[:size])
             self._send_window -= size
@@ -153,12 +151,11 @@ class Stream:
             if not self.remote_ended:
                 # The response is complete, and the rest of the request is of no use (RFC 9113, 8.1).
                 sender.put(reset(self.number, ErrorCode.NO_ERROR))
-            self._close()
+            self._close(aborted=False)
         return True
 
     def resume(self) -> None:
-        """There may be room again. Called by the sender."""
-        self._waits = False
+        """There may be room again."""
         if self._unsent and self.feed() and self.exchange is not None:
             self.exchange.drained()
 
@@ -175,15 +172,16 @@ class Stream:
     def abort(self) -> None:
         """The peer has reset the stream or gone."""
         if not self.closed:
-            exchange = self.exchange
-            self._close()
-            if exchange is not None:
-                exchange.aborted()
+            self._close(aborted=True)
 
-    def _close(self) -> None:
+    def _close(self, *, aborted: bool) -> None:
+        exchange, self.exchange = self.exchange, None  # the two know each other
         self.closed = True
-        self.exchange = None  # the two know each other
         self._unsent.clear()
+        self._trailers = None
+        self._sender.forget(self)
         self._connection.forget(self.number)
         if self._released:
             self._connection.stream_over()
+        if exchange is not None:
+            exchange.closed(aborted=aborted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -26,10 +27,20 @@ from vision_service.rpc.metadata import (
 
 logger = logging.getLogger(__name__)
 
+_CONTENT_TYPE = re.compile(rb"application/grpc($|[+;])")
+
 _FIELDS = STATUS_200 + write_fields(
     [(b"content-type", CONTENT_TYPE.encode()), (b"grpc-accept-encoding", ACCEPTED.encode())]
 )
 """What a response begins with."""
+
+_STATUSES: dict[Any, grpc.StatusCode] = {code: code for code in grpc.StatusCode} | {
+    code.value[0]: code for code in grpc.StatusCode
+}
+"""Statuses by themselves and by their numbers."""
+
+_MOST_OF_AN_ERROR = 1000
+"""Characters of an unforeseen error that callers are told."""
 
 _NO_MESSAGE = "the call has no message, or not a whole one"
 
@@ -69,7 +80,7 @@ class Call:
         self._handler: Any = None
         self._reader: MessageReader | None = None
         self._task: asyncio.Task[None] | None = None
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[tuple[bytes, bool]] = deque()  # each, and whether it is compressed
         self._taken = 0  # bytes that the peer was not yet told to have been taken
         self._all_there = False
         self._news: asyncio.Future[None] | None = None  # a message, or the end of them
@@ -95,9 +106,9 @@ class Call:
         """Seconds until the caller's deadline, if there is one."""
         return None if self._until_s is None else max(0.0, self._until_s - self._loop.time())
 
-    def set_code(self, code: grpc.StatusCode) -> None:
+    def set_code(self, code: grpc.StatusCode | int) -> None:
         """The status that the call ends with, unless it is aborted."""
-        self._code = code
+        self._code = _STATUSES[code]
 
     def code(self) -> grpc.StatusCode | None:
         """The status that was set."""
@@ -124,13 +135,13 @@ class Call:
         self._initial = initial_metadata
         self._begin()
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> None:
+    async def abort(self, code: grpc.StatusCode | int, details: str = "", trailing_metadata: Metadata = ()) -> None:
         """End the call with a status.
 
         Raises:
             grpc.aio.AbortError: always.
         """
-        self._code, self._details = code, details
+        self._code, self._details = _STATUSES[code], details
         if trailing_metadata:
             self._trailing = trailing_metadata
         raise grpc.aio.AbortError(details)
@@ -154,10 +165,12 @@ class Call:
                 return grpc.aio.EOF
             self._news = self._loop.create_future()
             await self._news
-        message = self._messages.popleft()
-        if not self._messages:
-            self._grant()
-        return self._deserialized(message)
+        try:
+            return self._next_message()
+        except StatusError as error:  # the caller's fault, not the handler's
+            self._stop_with(error.code, str(error))
+            await asyncio.sleep(0)  # where the handler hears that its call was cancelled
+            return grpc.aio.EOF
 
     async def write(self, message: Any) -> None:
         """Send a message of a stream of responses; waits until the caller takes it."""
@@ -176,8 +189,8 @@ class Call:
             find: the handler for a method.
         """
         fields = dict(request.fields)
-        content_type = fields.get("content-type", b"").decode("latin-1")
-        if request.method != "POST" or not content_type.startswith(CONTENT_TYPE):
+        content_type = fields.get("content-type", b"")
+        if request.method != "POST" or not _CONTENT_TYPE.match(content_type):
             self._stream.finish(write_http_status(405 if request.method != "POST" else 415))
             self._end()
             return
@@ -193,7 +206,7 @@ class Call:
             self._stop_with(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
         else:
             if self._handler.request_streaming:
-                self._run(self._answer_stream(self._handler.stream_stream or self._handler.stream_unary))
+                self._run(self._answer_stream, self._handler.stream_stream or self._handler.stream_unary)
 
     def _read_fields(self, request: Request, fields: dict[str, bytes]) -> None:
         try:
@@ -232,19 +245,23 @@ class Call:
         self._tell()
         if not self._handler.request_streaming and self._task is None:
             handler = self._handler
-            self._run(self._answer_one(handler.unary_unary or handler.unary_stream))
+            self._run(self._answer_one, handler.unary_unary or handler.unary_stream)
 
     def drained(self) -> None:
         """See `Exchange`."""
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
-    def aborted(self) -> None:
+    def closed(self, *, aborted: bool) -> None:
         """See `Exchange`."""
-        self.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if aborted:
+            self._cancel()
 
-    def cancel(self) -> None:
-        """Stop the handler; its call has an end already, or needs none."""
+    def _cancel(self) -> None:
+        """Stop the handler."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
         else:
@@ -256,10 +273,10 @@ class Call:
 
     # How it goes
 
-    def _arrived(self, message: bytes) -> None:
+    def _arrived(self, message: bytes, compressed: bool) -> None:
         if not self._handler.request_streaming and self._messages:
             raise StatusError(grpc.StatusCode.INTERNAL, "more than one message, where the method takes one")
-        self._messages.append(message)
+        self._messages.append((message, compressed))
         self._tell()
 
     def _tell(self) -> None:
@@ -280,30 +297,32 @@ class Call:
             self._finish(code, message)
             if not self._stream.closed:  # something before it is not on its way
                 self._stream.reset(ErrorCode.CANCEL)
-        self.cancel()
+        self._cancel()
 
-    def _run(self, answer: Any) -> None:
-        self._task = self._loop.create_task(self._guarded(answer))
+    def _run(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:
+        self._task = self._loop.create_task(self._guarded(answer, method))
+        self._task.add_done_callback(self._task_over)  # also where it is cancelled before its first step
 
-    async def _guarded(self, answer: Awaitable[None]) -> None:
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            self._finish(grpc.StatusCode.CANCELLED, "the call was cancelled on the server")
+        self._end()
+
+    async def _guarded(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:
         """Run what answers, and send how it ended."""
         try:
-            await answer
+            await answer(method)
             self._finish(self._code or grpc.StatusCode.OK, self._details)
         except grpc.aio.AbortError:
             self._finish(self._code or grpc.StatusCode.UNKNOWN, self._details)
         except StatusError as error:
             self._finish(error.code, str(error))
-        except asyncio.CancelledError:
-            self._finish(grpc.StatusCode.CANCELLED, "the call was cancelled on the server")
         except Exception as error:
             logger.exception("the handler of a call failed")
-            self._finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}")
-        finally:
-            self._end()
+            self._finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"[:_MOST_OF_AN_ERROR])
 
     async def _answer_one(self, method: Callable[[Any, Any], Any]) -> None:
-        request = self._deserialized(self._messages.popleft())
+        request = self._next_message()
         answering = method(request, self)
         del request
         await self._send_answers(answering, streaming=self._handler.response_streaming)
@@ -327,7 +346,13 @@ class Call:
         while (message := await self.read()) is not grpc.aio.EOF:
             yield message
 
-    def _deserialized(self, message: bytes) -> Any:
+    def _next_message(self) -> Any:
+        message, compressed = self._messages.popleft()
+        if not self._messages:
+            self._grant()
+        if compressed:
+            assert self._reader is not None, "it is there until the call has ended"
+            message = self._reader.inflated(message)
         if self._handler.request_deserializer is None:
             return message
         try:
@@ -353,18 +378,22 @@ class Call:
         """End the response, if there is one to end."""
         if self._stream.closed:
             return
-        fields = write_status(code, message) + write_metadata(self._trailing)
+        try:
+            fields = write_status(code, message) + write_metadata(self._trailing)
+        except Exception:
+            logger.exception("the trailing metadata of a call cannot be sent")
+            fields = write_status(grpc.StatusCode.INTERNAL, "trailing metadata cannot be sent; the server's log has it")
         self._stream.finish(fields if self._begun else _FIELDS + fields)
 
     def _end(self) -> None:
-        """Nothing is to be done any more."""
-        if self._timer is not None:
+        """Nothing is to be done any more; the answer may still be on its way, for as long as the deadline allows."""
+        if self._stream.closed and self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._messages.clear()
         self._reader = None
         self._stream.release()
-        for callback in self._when_done:
-            callback(self)
-        self._when_done.clear()
         self._over(self)
+        callbacks, self._when_done = self._when_done, []
+        for callback in callbacks:
+            self._loop.call_soon(callback, self)

@@ -47,7 +47,7 @@ class MessageReader:
     Args:
         encoding: what the request says that its messages are compressed with.
         max_bytes: largest message, before and after it is decompressed.
-        arrived: called with each message.
+        arrived: called with each message as it came, and whether it is compressed: see `inflated`.
 
     Raises:
         StatusError: nobody here knows that compression.
@@ -55,7 +55,7 @@ class MessageReader:
 
     __slots__ = ("_arrived", "_compressed", "_encoding", "_left", "_max_bytes", "_parts", "_prefix")
 
-    def __init__(self, encoding: str, max_bytes: int, arrived: Callable[[bytes], None]) -> None:
+    def __init__(self, encoding: str, max_bytes: int, arrived: Callable[[bytes, bool], None]) -> None:
         if encoding != "identity" and encoding not in _WBITS:
             message = f"grpc-encoding: {encoding[:40]!r} is not known here; use one of {ACCEPTED}"
             raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message)
@@ -81,8 +81,7 @@ class MessageReader:
         while data:
             if self._left < 0:
                 data = self._take_prefix(data)
-                if self._left < 0:
-                    return
+                continue
             part, data = data[: self._left], data[self._left :]
             self._left -= len(part)
             if len(part) >= _FEW:
@@ -93,7 +92,7 @@ class MessageReader:
                 self._parts.append(bytearray(part))
             if self._left == 0:
                 message, self._left, self._parts = b"".join(self._parts), -1, []
-                self._arrived(self._decompressed(message) if self._compressed else message)
+                self._arrived(message, self._compressed)
 
     def _take_prefix(self, data: memoryview) -> memoryview:
         """Read a message's prefix as far as it is there; gives what comes after it."""
@@ -111,11 +110,15 @@ class MessageReader:
         self._compressed, self._left = bool(compressed), length
         if length == 0:
             self._left = -1
-            self._arrived(b"")
-            return self._take_prefix(data[missing:]) if data[missing:] else data[missing:]
+            self._arrived(b"", False)
         return data[missing:]
 
-    def _decompressed(self, message: bytes) -> bytes:
+    def inflated(self, message: bytes) -> bytes:
+        """A compressed message as it was before. To be called when it is wanted: it may be much larger.
+
+        Raises:
+            StatusError: it is too large, or not compressed that way.
+        """
         inflater = zlib.decompressobj(_WBITS[self._encoding])
         try:
             inflated = inflater.decompress(message, self._max_bytes + 1)

@@ -60,7 +60,7 @@ def read_metadata(fields: Iterable[tuple[str, bytes]]) -> Metadata:
                     f"{name}: the value is not ASCII; binary values need a name that ends in -bin"
                 ) from None
             continue
-        for part in value.split(b","):  # several values of a name may have been joined on the way
+        for part in map(bytes.strip, value.split(b",")):  # several values may have been joined on the way
             try:
                 metadata.append((name, base64.b64decode(part + b"=" * (-len(part) % 4), validate=True)))
             except binascii.Error:
@@ -88,4 +88,7 @@ def write_status(code: grpc.StatusCode, message: str) -> bytes:
     if code is grpc.StatusCode.OK and not message:
         return _OK
     encoded = quote_from_bytes(message.encode("utf-8", "replace"), safe=_PLAIN).encode("ascii")
+    for end in (encoded[:1], encoded[-1:]):
+        if end == b" ":  # no field may begin or end with one (RFC 9113, 8.2.1)
+            encoded = b"%20" + encoded[1:] if encoded[:1] == b" " else encoded[:-1] + b"%20"
     return write_fields([(b"grpc-status", b"%d" % code.value[0]), (b"grpc-message", encoded)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 import grpc
 
-from vision_service.http2.connection import Connection
+from vision_service.http2.connection import READ_BYTES, Connection
 from vision_service.http2.fields import Request
 from vision_service.http2.stream import Exchange, Stream
 from vision_service.rpc.call import Call, CallDetails
@@ -35,6 +37,7 @@ class RpcServer:
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max_bytes = max_message_bytes
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._sockets: list[socket.socket] = []
         self._listening: list[asyncio.Server] = []
@@ -63,14 +66,15 @@ class RpcServer:
         host, _, port = address.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         try:
-            found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, _, _, _, where = found[0]
-            both = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
-            listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+            bound = int(port)
+            found = socket.getaddrinfo(host or None, bound, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, _, _, _, where in dict.fromkeys(found):
+                both = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
+                listener = socket.create_server((where[0], bound), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+                self._sockets.append(listener)
+                bound = listener.getsockname()[1]  # the same of every address that a name stands for
         except (OSError, ValueError) as error:
             raise RuntimeError(f"{address}: {error}") from None
-        self._sockets.append(listener)
-        bound: int = listener.getsockname()[1]
         return bound
 
     async def start(self) -> None:
@@ -121,16 +125,12 @@ class RpcServer:
                 return
 
     def _connection(self) -> Connection:
-        return Connection(self._begin, self._opened, self._closed)
+        return Connection(self._buffer, self._begin, self._opened, self._closed)
 
     def _opened(self, connection: Connection) -> None:
         self._connections.add(connection)
-        endpoint = connection.socket
-        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):
-            for name, value in ((socket.TCP_KEEPIDLE, _IDLE_S), (socket.TCP_KEEPINTVL, _PROBE_S)):
-                endpoint.setsockopt(socket.IPPROTO_TCP, name, value)
-            endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        with suppress(OSError):  # it may be gone already
+            _ask_whether_alive(connection.socket)
         if self._stopped is not None:
             connection.drain()
 
@@ -153,3 +153,12 @@ class RpcServer:
             if handler is not None:
                 return handler
         return None
+
+
+def _ask_whether_alive(endpoint: Any) -> None:
+    """Have TCP find out about clients that vanish without a word, whose calls would go on for nobody."""
+    endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
+        endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
+        endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)

@@ -1,0 +1,736 @@
+"""HTTP/2 as RFC 9113 has it: a real server on a real socket, and clients that behave, or do not.
+
+Frames are built by hand and read by the package hyperframe; header fields are written and read by hpack, and whole
+conversations are led by h2, all of which know nothing of ours. Sections are of RFC 9113 unless another is named.
+"""
+
+import asyncio
+import socket
+import struct
+import threading
+import time
+from contextlib import contextmanager
+
+import grpc
+import h2.config
+import h2.connection
+import h2.events
+import hpack
+import pytest
+from hyperframe import frame as hf
+
+from tests.helpers import until
+from vision_service.http2 import connection as connection_module
+from vision_service.rpc.server import RpcServer
+
+DATA, HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = range(10)
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+END_STREAM, END_HEADERS, PADDED, PRIORITISED = 1, 4, 8, 0x20
+FIELDS = [
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", "/t.T/Echo"),
+    (":authority", "here"),
+    ("te", "trailers"),
+    ("content-type", "application/grpc"),
+]
+NO_ERROR, PROTOCOL, INTERNAL, FLOW, _, CLOSED, SIZE, REFUSED, CANCEL, COMPRESSION, _, CALM = range(12)
+
+SEEN = []
+
+
+class Handlers(grpc.GenericRpcHandler):
+    def service(self, details):
+        async def echo(request, context):
+            return request
+
+        async def wait(request, context):
+            SEEN.append("begun")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                SEEN.append("over")
+
+        async def stubborn(request, context):
+            SEEN.append("begun")
+            end_s = time.monotonic() + float(request)
+            while time.monotonic() < end_s:
+                try:
+                    await asyncio.sleep(0.05)
+                except asyncio.CancelledError:
+                    SEEN.append("cancelled")
+            SEEN.append("over")
+            return b"at last"
+
+        async def big(request, context):
+            return bytes(int(request))
+
+        async def bad_tail(request, context):
+            context.set_trailing_metadata((("x-tail", "größer"),))
+            return request
+
+        async def abort_by_number(request, context):
+            await context.abort(5, "by its number")
+
+        if details.method.endswith("Broken"):
+            raise ZeroDivisionError
+        methods = {"Echo": echo, "Wait": wait, "Stubborn": stubborn, "Big": big, "BadTail": bad_tail}
+        methods["AbortByNumber"] = abort_by_number
+        method = methods.get(details.method.rpartition("/")[2])
+        return None if method is None else grpc.unary_unary_rpc_method_handler(method)
+
+
+@contextmanager
+def running():
+    """A server, its port and its event loop."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start():
+        server = RpcServer(40_000_000)
+        server.add_generic_rpc_handlers((Handlers(),))
+        bound = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, bound
+
+    server, bound = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
+    yield server, bound, loop
+    asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(20)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(served):
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def port(served):
+    return served[1]
+
+
+def f(kind, flags, stream, payload=b""):
+    """A frame."""
+    return struct.pack(">L", len(payload))[1:] + struct.pack(">BBL", kind, flags, stream) + payload
+
+
+def setting(name, value):
+    return struct.pack(">HL", name, value)
+
+
+def u32(value):
+    return struct.pack(">L", value)
+
+
+def block(*more, fields=FIELDS, encoder=None):
+    return (encoder or hpack.Encoder()).encode([*fields, *more], huffman=False)
+
+
+def path(name):
+    return [*FIELDS[:2], (":path", f"/t.T/{name}"), *FIELDS[3:]]
+
+
+def message(body):
+    return b"\x00" + u32(len(body)) + body
+
+
+def call(stream, body=b"hello", fields=FIELDS):
+    """A whole call."""
+    return f(HEADERS, END_HEADERS, stream, block(fields=fields)) + f(DATA, END_STREAM, stream, message(body))
+
+
+class Raw:
+    """A client that sends what it is told."""
+
+    def __init__(self, port, greet=True):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.decoder = hpack.Decoder()
+        self.bytes = b""
+        self.closed = False
+        if greet:
+            self.send(PREFACE, f(SETTINGS, 0, 0))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, *parts):
+        self.socket.sendall(b"".join(parts))
+
+    def frame(self):
+        """The next frame; None when the server has hung up."""
+        while len(self.bytes) < 9 or len(self.bytes) < 9 + int.from_bytes(self.bytes[:3]):
+            try:
+                more = self.socket.recv(65536)
+            except ConnectionResetError:
+                more = b""
+            if not more:
+                self.closed = True
+                return None
+            self.bytes += more
+        found, length = hf.Frame.parse_frame_header(memoryview(self.bytes[:9]))
+        found.parse_body(memoryview(self.bytes[9 : 9 + length]))
+        self.bytes = self.bytes[9 + length :]
+        return found
+
+    def next(self, *kinds):
+        """The next frame of one of these kinds; others are passed over."""
+        while (found := self.frame()) is not None:
+            if isinstance(found, kinds):
+                return found
+        return None
+
+    def answer(self, stream):
+        """Status, body and HTTP status of a stream, or ("reset", code)."""
+        fields, body = {}, b""
+        while True:
+            found = self.next(hf.HeadersFrame, hf.DataFrame, hf.RstStreamFrame, hf.GoAwayFrame)
+            assert found is not None, "the server hung up"
+            if isinstance(found, hf.GoAwayFrame):
+                pytest.fail(f"GOAWAY {found.error_code}: {found.additional_data}")
+            if isinstance(found, hf.HeadersFrame):
+                decoded = self.decoder.decode(found.data)
+                fields |= dict(decoded) if found.stream_id == stream else {}
+            elif found.stream_id == stream and isinstance(found, hf.RstStreamFrame):
+                return ("reset", found.error_code)
+            elif found.stream_id == stream:
+                body += found.data
+            if found.stream_id == stream and "END_STREAM" in found.flags:
+                return fields.get("grpc-status"), body[5:], fields.get(":status")
+
+    def hung_up(self):
+        """The code of GOAWAY, and that the connection is closed after it."""
+        found = self.next(hf.GoAwayFrame)
+        assert found is not None, "no GOAWAY"
+        assert self.next(hf.PushPromiseFrame) is None
+        assert found.additional_data, "without a reason"
+        return found.error_code
+
+
+def test_a_call(port):
+    with Raw(port) as client:
+        client.send(call(1))
+        assert client.answer(1) == ("0", b"hello", "200")
+
+
+def test_the_server_speaks_first_and_acknowledges(port):
+    """3.4: its settings come first; 6.5.3: each of the client's is acknowledged."""
+    with Raw(port) as client:
+        first = client.frame()
+        assert isinstance(first, hf.SettingsFrame)
+        assert "ACK" not in first.flags
+        assert first.settings[hf.SettingsFrame.MAX_CONCURRENT_STREAMS] >= 100
+        assert "ACK" in client.next(hf.SettingsFrame).flags
+        client.send(f(SETTINGS, 0, 0, setting(0x77, 5)))  # unknown ones are ignored
+        assert "ACK" in client.next(hf.SettingsFrame).flags
+        client.send(f(PING, 0, 0, b"12345678"))
+        pong = client.next(hf.PingFrame)
+        assert (pong.opaque_data, "ACK" in pong.flags) == (b"12345678", True)
+
+
+BROKEN = {
+    "6.1 DATA on the connection": (f(DATA, 0, 0, b"x"), PROTOCOL),
+    "5.1 DATA on an idle stream": (f(DATA, 0, 1, b"x"), PROTOCOL),
+    "5.1 RST_STREAM on an idle stream": (f(RST, 0, 1, u32(8)), PROTOCOL),
+    "5.1 WINDOW_UPDATE on an idle stream": (f(WINDOW, 0, 1, u32(1)), PROTOCOL),
+    "5.1.1 an even number": (f(HEADERS, END_HEADERS, 2, block()), PROTOCOL),
+    "6.2 HEADERS on the connection": (f(HEADERS, END_HEADERS, 0, block()), PROTOCOL),
+    "6.2 padding longer than the frame": (f(HEADERS, END_HEADERS | PADDED, 1, b"\xff" + block()), PROTOCOL),
+    "6.2 a priority that is cut off": (f(HEADERS, END_HEADERS | PRIORITISED, 1, b"\x00"), SIZE),
+    "6.3 PRIORITY on the connection": (f(PRIORITY, 0, 0, bytes(5)), PROTOCOL),
+    "6.3 PRIORITY of four bytes": (f(PRIORITY, 0, 1, bytes(4)), SIZE),
+    "6.4 RST_STREAM on the connection": (f(RST, 0, 0, u32(8)), PROTOCOL),
+    "6.4 RST_STREAM of three bytes": (f(HEADERS, END_HEADERS, 1, block()) + f(RST, 0, 1, bytes(3)), SIZE),
+    "6.5 SETTINGS on a stream": (f(SETTINGS, 0, 1), PROTOCOL),
+    "6.5 SETTINGS of five bytes": (f(SETTINGS, 0, 0, bytes(5)), SIZE),
+    "6.5 an acknowledgement with settings": (f(SETTINGS, 1, 0, setting(1, 1)), SIZE),
+    "6.5.2 ENABLE_PUSH of 2": (f(SETTINGS, 0, 0, setting(2, 2)), PROTOCOL),
+    "6.5.2 INITIAL_WINDOW_SIZE of 2^31": (f(SETTINGS, 0, 0, setting(4, 2**31)), FLOW),
+    "6.5.2 MAX_FRAME_SIZE of 2^14 - 1": (f(SETTINGS, 0, 0, setting(5, 2**14 - 1)), PROTOCOL),
+    "6.5.2 MAX_FRAME_SIZE of 2^24": (f(SETTINGS, 0, 0, setting(5, 2**24)), PROTOCOL),
+    "6.6 PUSH_PROMISE": (f(PUSH, END_HEADERS, 1, u32(2) + block()), PROTOCOL),
+    "6.7 PING on a stream": (f(PING, 0, 1, bytes(8)), PROTOCOL),
+    "6.7 PING of seven bytes": (f(PING, 0, 0, bytes(7)), SIZE),
+    "6.8 GOAWAY on a stream": (f(GOAWAY, 0, 1, bytes(8)), PROTOCOL),
+    "6.9 WINDOW_UPDATE of three bytes": (f(WINDOW, 0, 0, bytes(3)), SIZE),
+    "6.9 WINDOW_UPDATE by 0": (f(WINDOW, 0, 0, u32(0)), PROTOCOL),
+    "6.9.1 a window beyond 2^31 - 1": (f(WINDOW, 0, 0, u32(2**31 - 1)), FLOW),
+    "6.9.2 a window beyond 2^31 - 1 by settings": (
+        f(HEADERS, END_HEADERS, 1, block()) + f(WINDOW, 0, 1, u32(2**30)) + f(SETTINGS, 0, 0, setting(4, 2**31 - 1)),
+        FLOW,
+    ),
+    "6.10 CONTINUATION of nothing": (f(CONTINUATION, END_HEADERS, 1, block()), PROTOCOL),
+    "6.10 another frame within header fields": (f(HEADERS, 0, 1, block()[:5]) + f(PING, 0, 0, bytes(8)), PROTOCOL),
+    "6.10 an unknown frame within header fields": (f(HEADERS, 0, 1, block()[:5]) + f(0x42, 0, 0), PROTOCOL),
+    "6.10 CONTINUATION of another stream": (
+        f(HEADERS, 0, 1, block()[:5]) + f(CONTINUATION, END_HEADERS, 3, block()[5:]),
+        PROTOCOL,
+    ),
+    "4.2 a frame beyond 16384 bytes": (f(DATA, 0, 1, bytes(16_385)), SIZE),
+    "4.3 header fields that cannot be decoded": (f(HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff\xff\x7f"), COMPRESSION),
+    "4.3 header fields that are cut off": (f(HEADERS, END_HEADERS, 1, b"\x00\x05ab"), COMPRESSION),
+    "4.3 a name that is cut off": (f(HEADERS, END_HEADERS, 1, b"\x00"), COMPRESSION),
+    "RFC 7541, 4.2 a table larger than allowed": (f(HEADERS, END_HEADERS, 1, b"\x3f\xe2\x1f" + block()), COMPRESSION),
+    "RFC 7541, 4.2 changes of the table's size, over and over": (
+        f(HEADERS, END_HEADERS, 1, b"\x20" * 3 + block()),
+        COMPRESSION,
+    ),
+    "10.5.1 one field, thousands of times": (f(HEADERS, END_HEADERS, 1, block() + b"\x83" * 10_000), CALM),
+}
+
+
+@pytest.mark.parametrize(("sent", "code"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_rule_ends_the_connection_and_no_other(port, sent, code):
+    with Raw(port) as other, Raw(port) as client:
+        client.send(sent)
+        assert client.hung_up() == code
+        other.send(call(1))
+        assert other.answer(1) == ("0", b"hello", "200")
+
+
+BODY = message(b"hello")
+RESET = {
+    "8.2.1 a name in upper case": (block(("X-Up", "a")), PROTOCOL),
+    "8.2.1 a line break in a value": (block(("x", "a\nb")), PROTOCOL),
+    "8.2.2 connection": (block(("connection", "close")), PROTOCOL),
+    "8.2.2 te with more than trailers": (block(fields=[*FIELDS[:4], ("te", "gzip"), FIELDS[5]]), PROTOCOL),
+    "8.3 an unknown pseudo-header": (block(fields=[(":x", "1"), *FIELDS]), PROTOCOL),
+    "8.3 a response's pseudo-header": (block(fields=[(":status", "200"), *FIELDS]), PROTOCOL),
+    "8.3 a pseudo-header after others": (block((":path", "/a")), PROTOCOL),
+    "8.3.1 no path": (block(fields=FIELDS[:2] + FIELDS[3:]), PROTOCOL),
+    "8.3.1 an empty path": (block(fields=[*FIELDS[:2], (":path", ""), *FIELDS[3:]]), PROTOCOL),
+    "8.3.1 no scheme": (block(fields=FIELDS[:1] + FIELDS[2:]), PROTOCOL),
+    "10.5.1 more fields than the server takes": (block(*[(f"x-{i}", "") for i in range(500)]), CALM),
+    "8.3.1 two methods": (block(fields=[FIELDS[0], *FIELDS]), PROTOCOL),
+}
+
+
+@pytest.mark.parametrize(("fields", "code"), RESET.values(), ids=RESET)
+def test_a_request_that_is_none_is_reset_and_the_connection_goes_on(port, fields, code):
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS | END_STREAM, 1, fields))
+        assert client.answer(1) == ("reset", code)
+        client.send(call(3))
+        assert client.answer(3) == ("0", b"hello", "200")
+
+
+OF_A_STREAM = {
+    "5.1 DATA after the end": (f(DATA, 0, 1, b"x"), CLOSED),
+    "5.1 HEADERS after the end": (f(HEADERS, END_HEADERS | END_STREAM, 1, block()), CLOSED),
+    "6.9 WINDOW_UPDATE by 0": (f(WINDOW, 0, 1, u32(0)), PROTOCOL),
+    "6.9.1 a window beyond 2^31 - 1": (f(WINDOW, 0, 1, u32(2**31 - 1)), FLOW),
+}
+
+
+@pytest.mark.parametrize(("sent", "code"), OF_A_STREAM.values(), ids=OF_A_STREAM)
+def test_a_rule_broken_on_a_stream_resets_it(port, sent, code):
+    SEEN.clear()
+    with Raw(port) as client:
+        client.send(call(1, fields=path("Wait")))
+        until(lambda: SEEN == ["begun"])
+        client.send(sent)
+        assert client.answer(1) == ("reset", code)
+        until(lambda: SEEN == ["begun", "over"])  # its handler was stopped
+        client.send(call(3))
+        assert client.answer(3)[:2] == ("0", b"hello")
+
+
+def test_a_second_block_of_fields_has_to_be_the_last(port):
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS, 1, block()), f(HEADERS, END_HEADERS, 1, block()))
+        assert client.answer(1) == ("reset", PROTOCOL)
+        trailers = hpack.Encoder().encode([("x-tail", "a")])
+        client.send(
+            f(HEADERS, END_HEADERS, 3, block()),
+            f(DATA, 0, 3, BODY),
+            f(HEADERS, END_HEADERS | END_STREAM, 3, trailers),
+        )
+        assert client.answer(3)[:2] == ("0", b"hello")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [([("GET",), *FIELDS[1:]], "405"), ([*FIELDS[:5], ("content-type", "text/html")], "415"), (FIELDS[:5], "415")],
+)
+def test_a_request_that_is_not_grpcs_is_told_by_http(port, fields, status):
+    fields = [(":method", "GET") if field == ("GET",) else field for field in fields]
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS | END_STREAM, 1, block(fields=fields)))
+        assert client.answer(1) == (None, b"", status)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        (path("Nothing"), "12"),
+        (path("Broken"), "13"),
+        ([*FIELDS, ("grpc-timeout", "soon")], "13"),
+        ([*FIELDS, ("grpc-encoding", "snappy")], "12"),
+        ([*FIELDS, ("x-bin", "?")], "13"),
+        ([*FIELDS, ("grpc-timeout", "0n")], "4"),
+    ],
+)
+def test_calls_that_end_with_a_status_before_they_begin(port, fields, status):
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS, 1, block(fields=fields)))
+        assert client.answer(1)[::2] == (status, "200")
+        found = client.next(hf.RstStreamFrame)  # 8.1: the rest of the request is not wanted
+        assert (found.stream_id, found.error_code) == (1, NO_ERROR)
+        client.send(f(DATA, END_STREAM, 1, BODY))  # it was on its way
+        client.send(call(3))
+        assert client.answer(3)[:2] == ("0", b"hello")
+
+
+@pytest.mark.parametrize("content", [b"", BODY[:3], BODY[:-1], BODY + BODY])
+def test_a_unary_call_has_one_whole_message(port, content):
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS, 1, block()), f(DATA, END_STREAM, 1, content))
+        assert client.answer(1)[0] == "13"
+
+
+def test_a_request_without_content(port):
+    with Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS | END_STREAM, 1, block()))
+        assert client.answer(1)[0] == "13"
+
+
+def test_padding_priorities_and_pieces(port):
+    """6.1, 6.2, 6.10: all that a request may be cut into."""
+    fields = block()
+    with Raw(port) as client:
+        pieces = [fields[i : i + 10] for i in range(0, len(fields), 10)]
+        head = b"\x03" + bytes(5) + pieces[0] + bytes(3)
+        client.send(f(HEADERS, PADDED | PRIORITISED, 1, head))
+        for piece in pieces[1:]:
+            client.send(f(CONTINUATION, 0, 1, piece))
+        client.send(f(CONTINUATION, END_HEADERS, 1))
+        for byte in BODY:
+            client.send(f(DATA, PADDED, 1, b"\x02" + bytes([byte]) + bytes(2)))
+        client.send(f(PRIORITY, 0, 1, bytes(5)), f(0x42, 0xFF, 1, b"unknown"), f(DATA, END_STREAM, 1))
+        assert client.answer(1) == ("0", b"hello", "200")
+
+
+def test_bytes_that_come_one_by_one(port):
+    with Raw(port, greet=False) as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in PREFACE + f(SETTINGS, 0, 0) + call(1):
+            client.send(bytes([byte]))
+        assert client.answer(1) == ("0", b"hello", "200")
+
+
+def test_header_fields_that_mean_something_else_next_time(port):
+    """Blocks are remembered; the same bytes refer to other entries once the dynamic table has others."""
+    encoder = hpack.Encoder()
+    with Raw(port) as client:
+        number = 1
+        for name in ("Echo", "Nothing", "Echo", "Nothing", "Big", "Echo"):
+            for _ in range(3):  # the second and third time all of it is indexed
+                client.send(f(HEADERS, END_HEADERS, number, block(fields=path(name), encoder=encoder)))
+                client.send(f(DATA, END_STREAM, number, message(b"3")))
+                wanted = {"Echo": ("0", b"3"), "Big": ("0", bytes(3)), "Nothing": ("12", b"")}[name]
+                assert client.answer(number)[:2] == wanted
+                number += 2
+
+
+def test_a_block_that_was_remembered_is_forgotten_when_its_entry_is_replaced(port):
+    """One entry in a table that has room for one: the block 0xbe means the path that was added last."""
+    others = [field for field in FIELDS if field[0] != ":path"]
+    rest = b"".join(b"\x00" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in others[3:])
+    first = b"\x83\x86"  # :method POST, :scheme http
+    with Raw(port) as client:
+        number = 1
+        for name in ("/t.T/Echo", "/t.T/None", "/t.T/Echo", "/t.T/None"):
+            size = b"\x3f" + bytes([len(":path") + len(name) + 32 - 31]) if number == 1 else b""
+            added = b"\x44" + bytes([len(name)]) + name.encode()
+            for path_ in (added, b"\xbe", b"\xbe"):
+                client.send(f(HEADERS, END_HEADERS, number, (size if path_ is added else b"") + first + path_ + rest))
+                client.send(f(DATA, END_STREAM, number, BODY))
+                assert client.answer(number)[0] == ("0" if name.endswith("Echo") else "12")
+                number += 2
+
+
+def test_a_client_without_a_dynamic_table(port):
+    """RFC 7541, 4.2: it is told that the table has no entries, once, before the first field."""
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(1, 0)), call(1), call(3))
+        first, second = (client.next(hf.HeadersFrame) for _ in range(2))
+        assert first.data[0] == 0x20
+        assert second.data[0] != 0x20
+
+
+def test_flow_control_of_the_answer(port):
+    """6.9: not a byte more than the windows allow, whichever of the two is smaller."""
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 10)), call(1, b"100000", path("Big")))
+        got = b""
+
+        def more(size):
+            nonlocal got
+            while len(got) < size:
+                got += client.next(hf.DataFrame).data
+            client.send(f(PING, 0, 0, bytes(8)))
+            found = client.next(hf.DataFrame, hf.PingFrame)
+            assert isinstance(found, hf.PingFrame), "more than the window"
+            assert len(got) == size
+
+        more(10)
+        client.send(f(WINDOW, 0, 1, u32(90)))
+        more(100)
+        client.send(f(SETTINGS, 0, 0, setting(4, 0)))  # 6.9.2: the window is 90 + 0 - 100 = -10 now
+        client.send(f(WINDOW, 0, 1, u32(15)))
+        more(105)
+        client.send(f(SETTINGS, 0, 0, setting(4, 1_000_000)))
+        more(65_535)  # what the connection allows
+        client.send(f(WINDOW, 0, 0, u32(1_000_000)))
+        rest = client.answer(1)
+        assert (rest[0], len(got) + len(rest[1]) + 5) == ("0", 100_005)
+
+
+def test_frames_are_not_larger_than_the_client_takes(port):
+    with Raw(port, greet=False) as client:
+        values = setting(4, 2**31 - 1) + setting(5, 20_000)
+        client.send(PREFACE, f(SETTINGS, 0, 0, values), f(WINDOW, 0, 0, u32(2**30)), call(1, b"100000", path("Big")))
+        sizes = [len(client.next(hf.DataFrame).data) for _ in range(6)]
+        assert sizes == [20_000] * 5 + [5]
+
+
+@pytest.mark.parametrize("where", ["stream", "connection"])
+def test_more_content_than_was_granted(port, where):
+    """6.9.1. A message that is coming is granted more by and by; one that nobody wants is not."""
+    with Raw(port) as client:
+        first = client.frame()
+        window = first.settings[hf.SettingsFrame.INITIAL_WINDOW_SIZE]
+        if where == "stream":  # after an early end nothing is granted
+            client.send(f(HEADERS, END_HEADERS, 1, block(fields=path("Echo"))), f(DATA, 0, 1, message(bytes(4))))
+            client.send(*[f(DATA, 0, 1, bytes(16_384)) for _ in range(window // 16_384 + 1)])
+            assert client.answer(1)[0] in ("13", "reset")
+        else:
+            client.send(f(HEADERS, END_HEADERS, 1, block(fields=path("Nothing"))))
+            client.send(*[f(DATA, 0, 1, bytes(16_384)) for _ in range(3000)])  # 48 MB on a stream that is over
+            client.send(f(PING, 0, 0, bytes(8)))
+            assert client.next(hf.PingFrame) is not None  # each of them was granted to the connection
+
+
+def test_a_large_request_is_granted_what_it_needs(port):
+    """With h2 as the client, which keeps to the windows that it is given."""
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    wanted, got, sent = message(bytes(range(256)) * 15_000), b"", 0
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        stream = client.get_next_available_stream_id()
+        client.send_headers(stream, FIELDS)
+        over = False
+        while not over:
+            while sent < len(wanted) and (room := client.local_flow_control_window(stream)):
+                size = min(room, 16_384, len(wanted) - sent)
+                client.send_data(stream, wanted[sent : sent + size], end_stream=sent + size == len(wanted))
+                sent += size
+            wire.sendall(client.data_to_send())
+            for event in client.receive_data(wire.recv(65536)):
+                assert not isinstance(event, h2.events.ConnectionTerminated | h2.events.StreamReset)
+                if isinstance(event, h2.events.DataReceived):
+                    got += event.data
+                    client.acknowledge_received_data(event.flow_controlled_length, stream)
+                over |= isinstance(event, h2.events.StreamEnded)
+        assert got == wanted
+
+
+def test_a_reset_stops_the_handler(port):
+    SEEN.clear()
+    with Raw(port) as client:
+        client.send(call(1, fields=path("Wait")))
+        until(lambda: SEEN == ["begun"])
+        client.send(f(RST, 0, 1, u32(CANCEL)))
+        until(lambda: SEEN == ["begun", "over"])
+        client.send(f(DATA, 0, 1, b"late"), f(WINDOW, 0, 1, u32(5)), f(RST, 0, 1, u32(CANCEL)), call(3))
+        assert client.answer(3)[0] == "0"
+
+
+def test_resets_do_not_make_room_for_more_work(port, monkeypatch):
+    """CVE-2023-44487, CVE-2025-8671: a stream counts until its handler has ended, however the stream was."""
+    monkeypatch.setattr(connection_module, "MAX_STREAMS", 3)
+    SEEN.clear()
+    with Raw(port) as client:
+        for number in (1, 3):
+            client.send(call(number, b"3", path("Stubborn")))
+        client.send(call(5, b"3", path("Stubborn")))
+        until(lambda: SEEN.count("begun") == 3)
+        client.send(f(RST, 0, 1, u32(CANCEL)), f(WINDOW, 0, 3, u32(0)))  # once by the client, once by its fault
+        assert client.answer(3) == ("reset", PROTOCOL)
+        until(lambda: SEEN.count("cancelled") == 2)
+        client.send(call(7, b"3"))
+        assert client.answer(7) == ("reset", REFUSED)
+        until(lambda: SEEN.count("over") == 3)
+        client.send(call(9))
+        assert client.answer(9)[0] == "0"
+
+
+def test_calls_that_end_before_their_handler_begins_leave_nothing_behind(server, port, monkeypatch):
+    """Begun and over within one turn of the server's event loop."""
+    monkeypatch.setattr(connection_module, "MAX_STREAMS", 4)
+    SEEN.clear()
+    with Raw(port) as client:
+        for number in range(1, 41, 2):
+            client.send(call(number, fields=path("Wait")) + f(RST, 0, number, u32(CANCEL)))
+        client.send(f(PING, 0, 0, bytes(8)))
+        client.next(hf.PingFrame)
+        until(lambda: not server._calls)
+        for number in range(41, 81, 2):
+            client.send(call(number, fields=[*path("Wait"), ("grpc-timeout", "1n")]))
+            answer = client.answer(number)
+            assert (number, answer[0]) == (number, "4"), answer
+        client.send(call(81))
+        assert client.answer(81)[0] == "0"
+        client.send(*[call(number, fields=path("Wait")) for number in (83, 85)])
+    until(lambda: not server._calls)  # nor do those whose caller has gone
+    assert SEEN.count("begun") == SEEN.count("over")
+
+
+@pytest.mark.parametrize("late", [f(RST, 0, 3, u32(CANCEL)), f(WINDOW, 0, 3, u32(5)), f(DATA, END_STREAM, 3, BODY)])
+def test_a_call_that_comes_after_goaway_harms_no_other(late):
+    """6.8: it was on its way. Its client, which reads GOAWAY by and by, makes it elsewhere."""
+    with running() as (server, port, loop), Raw(port) as client:
+        client.send(call(1, b"0.7", path("Stubborn")))
+        until(lambda: server._calls)
+        stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+        assert client.next(hf.GoAwayFrame).last_stream_id == 1
+        client.send(f(HEADERS, END_HEADERS, 3, block()), late)
+        assert client.answer(1)[0] == "0"
+        stopping.result(20)
+
+
+def test_what_is_said_last_is_heard(port):
+    """However much the client still has to say: a socket closed with bytes unread may lose what it was to send."""
+    with Raw(port) as client:
+        client.send(f(DATA, 0, 1, b"x"), *[f(DATA, 0, 1, bytes(16_384)) for _ in range(60)])
+        assert client.hung_up() == PROTOCOL
+
+
+def test_streams_that_are_reset_wait_for_no_window(server, port):
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 2**30)), call(1, b"65530", path("Big")))
+        assert client.answer(1)[0] == "0"  # and the connection's window is empty
+        for number in range(3, 103, 2):
+            client.send(call(number, b"10", path("Big")))
+            assert client.next(hf.HeadersFrame).stream_id == number
+            client.send(f(RST, 0, number, u32(CANCEL)))
+        client.send(f(PING, 0, 0, bytes(8)))
+        client.next(hf.PingFrame)
+        assert max(len(connection.sender._waiting) for connection in server._connections) == 0
+        client.send(f(WINDOW, 0, 0, u32(1000)), call(103))
+        assert client.answer(103)[0] == "0"
+
+
+def test_a_large_answer_to_a_client_that_is_slow_to_read(port):
+    """It is not taken for one that never reads, however large the frames that it takes."""
+    with Raw(port, greet=False) as client:
+        values = setting(4, 2**31 - 1) + setting(5, 2**24 - 1)
+        client.send(PREFACE, f(SETTINGS, 0, 0, values), f(WINDOW, 0, 0, u32(2**30)), call(1, b"30000000", path("Big")))
+        time.sleep(0.5)
+        status, body, _ = client.answer(1)
+        assert (status, len(body)) == ("0", 30_000_000)
+
+
+def test_an_answer_that_nobody_takes_in_is_dropped_at_the_deadline(server, port):
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 0)))
+        client.send(call(1, b"1000", [*path("Big"), ("grpc-timeout", "300m")]))
+        assert client.answer(1) == ("reset", CANCEL)
+        assert not any(connection._streams for connection in server._connections)
+
+
+def test_metadata_that_cannot_be_sent_and_a_status_by_its_number(port):
+    with Raw(port) as client:
+        client.send(call(1, fields=path("BadTail")), call(3, fields=path("AbortByNumber")))
+        assert client.answer(1)[0] == "13"
+        assert client.answer(3)[0] == "5"
+        client.send(call(5))
+        assert client.answer(5)[0] == "0"
+
+
+def test_thousands_of_calls_and_resets_leave_nothing_behind(port, monkeypatch):
+    """The count of streams at work comes back to none, whichever way they end."""
+    monkeypatch.setattr(connection_module, "MAX_STREAMS", 8)
+    with Raw(port) as client:
+        number = 1
+        for _ in range(100):
+            client.send(call(number), f(HEADERS, END_HEADERS, number + 2, block()), f(RST, 0, number + 2, u32(CANCEL)))
+            client.send(call(number + 4, fields=path("Nothing")), call(number + 6, b"x", path("Big")))
+            client.send(f(HEADERS, END_HEADERS, number + 8, block()), f(DATA, END_STREAM, number + 8, b""))
+            assert client.answer(number + 8)[0] == "13"
+            number += 10
+        client.send(call(number))
+        assert client.answer(number)[0] == "0"
+
+
+IDLE = {
+    "PING": f(PING, 0, 0, bytes(8)),
+    "SETTINGS": f(SETTINGS, 0, 0),
+    "PRIORITY": f(PRIORITY, 0, 1, bytes(5)),
+    "unknown": f(0x42, 0, 0),
+    "empty DATA": f(DATA, 0, 1),
+    "empty CONTINUATION": f(CONTINUATION, 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_frames_that_ask_for_nothing_are_not_taken_for_ever(port, name):
+    """CVE-2019-9512, 9515, 9518, CVE-2024-27316."""
+    before = f(HEADERS, 0 if name == "empty CONTINUATION" else END_HEADERS, 1, block())
+    with Raw(port) as client:
+        client.send(before, IDLE[name] * 900)
+        if name != "empty CONTINUATION":
+            client.send(call(3))  # whoever asks for something as well goes on
+            assert client.answer(3)[0] == "0"
+        client.send(IDLE[name] * 1100)
+        assert client.hung_up() == CALM
+
+
+def test_a_client_that_asks_and_does_not_read_is_hung_up_on(port, monkeypatch):
+    """CVE-2019-9512 and the like: what it would be answered is not kept without bound."""
+    monkeypatch.setattr("vision_service.http2.sender._MOST_UNREAD", 200_000)
+    monkeypatch.setattr(connection_module, "_MOST_IDLE_FRAMES", 10**9)
+    with Raw(port) as client:
+        client.socket.settimeout(0.5)
+        pings = f(PING, 0, 0, bytes(8)) * 1000
+        with pytest.raises((ConnectionError, TimeoutError)):
+            client.send(pings * 5_000)
+        client.socket.settimeout(20)
+        while client.frame() is not None:
+            pass
+    with Raw(port) as client:
+        client.send(call(1))
+        assert client.answer(1)[0] == "0"
+
+
+def test_whoever_does_not_speak_http2_is_told(port):
+    with Raw(port, greet=False) as client:
+        client.send(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        text = b""
+        while more := client.socket.recv(65536):
+            text += more
+        assert text.startswith(b"HTTP/1.1 400 ")  # and nothing before it
+        assert b"gRPC" in text
+    with Raw(port, greet=False) as client:
+        client.send(b"\x16\x03\x01\x02\x00\x01\x00")  # a TLS client's first bytes
+        assert client.socket.recv(65536) == b""
+
+
+def test_whoever_says_nothing_is_hung_up_on(port, monkeypatch):
+    monkeypatch.setattr(connection_module, "_PREFACE_S", 0.2)
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE[:10])
+        while client.frame() is not None:
+            pass
+        assert client.closed
