@@ -10,6 +10,14 @@ import pytest
 from tests.helpers import PLUGINS, tiny_manifest
 
 
+@pytest.fixture(scope="module", params=["asyncio", "grpcio"])
+def transport(request):
+    """Both ways to take calls, for every server of a module that asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISION_SERVICE_TRANSPORT", request.param)
+        yield request.param
+
+
 @pytest.fixture
 def serve_process(tmp_path):
     """Starts `vision-service serve` as a process; gives it, its port and what it printed. Its log is in tmp_path."""

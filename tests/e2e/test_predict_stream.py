@@ -21,6 +21,8 @@ from vision_service.engine import call
 from vision_service.engine.queue import Job
 from vision_service.server import codec, streams
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 CODE = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -54,8 +56,8 @@ class Stream:
 
 
 @contextmanager
-def streaming(port, **more):
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+def streaming(port, options=(), **more):
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
         stream = Stream(channel, timeout=60, **more)
         yield stream
         stream.end()
@@ -68,7 +70,11 @@ def red_of(answer):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
-    models = {"tiny": "", "cruel": "options = {fail_red = 13}", "second": 'version = "2"'}
+    models = {
+        "tiny": "batching = {max_wait_ms = 60000}",
+        "cruel": "options = {fail_red = 13}",
+        "second": 'version = "2"',
+    }
     with run_server(settings(folder, models, max_image_bytes=1_000_000, max_message_bytes=2_000_000)) as running:
         yield running
 
@@ -338,7 +344,8 @@ def test_a_stream_whose_caller_reads_no_answers_is_not_read_further(
         return sum(getattr(record, "status", "") == "OK" for record in caplog.records)
 
     fields = {"host": "127.0.0.1", "port": 0, "manifests": (tmp_path / "manifest.toml",), "models": ("mirror",)}
-    with run_server(ServerSettings.read(**fields)) as running, streaming(running.port) as stream:
+    window = (("grpc.http2.bdp_probe", 0),)  # else the client's grows while nobody reads
+    with run_server(ServerSettings.read(**fields)) as running, streaming(running.port, window) as stream:
         for number in range(20):
             stream.send(number, translate=request)
         until(lambda: done() >= at_least)

@@ -21,6 +21,8 @@ from vision_service.config.settings import ServerSettings
 from vision_service.errors import ConfigError
 from vision_service.server.app import VisionServer
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 
 def settings(folder, models, **fields):
     manifest = tiny_manifest(folder, **models)

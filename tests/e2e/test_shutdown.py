@@ -95,13 +95,14 @@ def test_a_signal_while_loading_ends_without_serving(tmp_path):
     ("environment", "unknown"),
     [
         ({}, None),  # the default is one that the installed gRPC knows
+        ({"VISION_SERVICE_TRANSPORT": "asyncio", "VISION_SERVICE_GRPC_EXPERIMENTS": "no_such_a"}, None),
         ({"VISION_SERVICE_GRPC_EXPERIMENTS": "no_such_a"}, "no_such_a"),
         ({"VISION_SERVICE_GRPC_EXPERIMENTS": "no_such_a", "GRPC_EXPERIMENTS": "no_such_b"}, "no_such_b"),
     ],
 )
 def test_grpc_is_told_what_the_settings_say_unless_the_environment_does(serve, tmp_path, environment, unknown):
     """gRPC itself is the witness: it names experiments that it does not know, and goes on."""
-    _, port, _ = serve("", **environment)
+    _, port, _ = serve("", **{"VISION_SERVICE_TRANSPORT": "grpcio"} | environment)
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         reply = pb_grpc.VisionServiceStub(channel).Classify(raw_request(7), timeout=10)
     assert reply.classes[0].class_name == "red 7"

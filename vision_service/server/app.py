@@ -60,7 +60,7 @@ class VisionServer:
         self.pipeline = build_pipeline(settings, self._specs)
         self._health = aio_health.HealthServicer()
         self._access = AccessLog()
-        self._calls = Calls(self.pipeline.check_room, self._access)
+        self.calls = Calls(self.pipeline.check_room, self._access)
         self._streams = PredictStreams(self.pipeline, self._access)
         self._server: Any = None
         self.port = 0
@@ -78,12 +78,12 @@ class VisionServer:
         for service in ("", *SERVICES, *Task):  # the health servicer starts out as SERVING
             await self._health.set(str(service), NOT_SERVING)
         self._server = self._listener()
-        pb_grpc.add_VisionServiceServicer_to_server(StreamingServicer(self.pipeline, self._streams), self._calls)
-        pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self._calls)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._calls)
-        self._server.add_generic_rpc_handlers((self._calls,))
+        pb_grpc.add_VisionServiceServicer_to_server(StreamingServicer(self.pipeline, self._streams), self.calls)
+        pb_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.pipeline), self.calls)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.calls)
+        self._server.add_generic_rpc_handlers((self.calls,))
         described = reflection.aio.ReflectionServicer((*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME))
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, self._calls)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, self.calls)
         address = f"{self.settings.host}:{self.settings.port}"
         try:
             self.port = self._server.add_insecure_port(address)
@@ -133,9 +133,9 @@ class VisionServer:
         await self._health.enter_graceful_shutdown()
         self._streams.stop()
         loop = asyncio.get_running_loop()
-        until_s, under_way = loop.time() + self.settings.drain_timeout_s, self._calls.under_way
+        until_s, under_way = loop.time() + self.settings.drain_timeout_s, self.calls.under_way
         stopping = asyncio.ensure_future(self._server.stop(self.settings.drain_timeout_s))  # refuses new calls at once
-        idle = asyncio.ensure_future(self._calls.wait_idle())
+        idle = asyncio.ensure_future(self.calls.wait_idle())
         await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
         # By the clock: that none is under way now may be because time was over and gRPC has cancelled them.
         in_time = not under_way or loop.time() < until_s
