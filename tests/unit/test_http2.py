@@ -277,7 +277,8 @@ BROKEN = {
         f(HEADERS, 0, 1, block()[:5]) + f(CONTINUATION, END_HEADERS, 3, block()[5:]),
         PROTOCOL,
     ),
-    "4.2 a frame beyond 16384 bytes": (f(DATA, 0, 1, bytes(16_385)), SIZE),
+    "4.2 HEADERS beyond 16384 bytes": (f(HEADERS, END_HEADERS, 1, bytes(16_385)), SIZE),
+    "4.2 DATA beyond what was announced": (f(DATA, 0, 1, bytes(256 * 1024 + 1)), SIZE),
     "4.3 header fields that cannot be decoded": (f(HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff\xff\x7f"), COMPRESSION),
     "4.3 header fields that are cut off": (f(HEADERS, END_HEADERS, 1, b"\x00\x05ab"), COMPRESSION),
     "4.3 a name that is cut off": (f(HEADERS, END_HEADERS, 1, b"\x00"), COMPRESSION),
@@ -419,6 +420,34 @@ def test_padding_priorities_and_pieces(port):
             client.send(f(DATA, PADDED, 1, b"\x02" + bytes([byte]) + bytes(2)))
         client.send(f(PRIORITY, 0, 1, bytes(5)), f(0x42, 0xFF, 1, b"unknown"), f(DATA, END_STREAM, 1))
         assert client.answer(1) == ("0", b"hello", "200")
+
+
+@pytest.mark.parametrize("padding", [b"", b"\x20"])
+def test_large_frames_that_come_in_pieces(port, padding):
+    """Each as large as was announced; between two of them the other stream's."""
+    with Raw(port) as client:
+        most = client.frame().settings[hf.SettingsFrame.MAX_FRAME_SIZE]
+        size = most - len(padding) - (padding[0] if padding else 0)
+        body = bytes(range(256)) * (3 * size // 256)
+        content, flags = message(body), PADDED if padding else 0
+        frames = []
+        for at in range(0, len(content), size):
+            piece = padding + content[at : at + size] + bytes(padding[0] if padding else 0)
+            frames.append(f(DATA, flags | (END_STREAM if at + size >= len(content) else 0), 1, piece))
+        client.send(f(HEADERS, END_HEADERS, 1, block()))
+        for number, each in enumerate(frames):
+            other = 3 + 2 * number
+            for at in range(0, len(each), 100_000):
+                client.send(each[at : at + 100_000])
+                time.sleep(0.01)
+            client.send(call(other))
+            answered = client.answer(other) if number < len(frames) - 1 else None
+            assert answered in (None, ("0", b"hello", "200"))
+    with Raw(port, greet=False) as client:
+        values = setting(4, 2**31 - 1)
+        client.send(PREFACE, f(SETTINGS, 0, 0, values), f(WINDOW, 0, 0, u32(2**30)))
+        client.send(f(HEADERS, END_HEADERS, 1, block()), *frames)
+        assert client.answer(1) == ("0", body, "200")
 
 
 def test_bytes_that_come_one_by_one(port):

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from vision_service.http2 import frames
 from vision_service.http2.fields import MAX_BLOCK_BYTES, MAX_FIELDS_BYTES, FieldReader, Malformed, Request
 from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
+from vision_service.http2.reader import MAX_DATA_BYTES, FrameReader, NotHttp2
 from vision_service.http2.sender import Sender
 from vision_service.http2.stream import RECEIVE_WINDOW, Exchange, Stream
 
@@ -27,9 +28,6 @@ ended yet: whoever resets what it asks for shall not have more under way than ot
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
 """Bytes that may be on their way to us on a connection."""
-
-READ_BYTES = 256 * 1024
-"""Most that is read in one go."""
 
 _MOST_IDLE_FRAMES = 1000
 _IDLE_WINDOW_S = 10.0
@@ -47,6 +45,7 @@ _SETTINGS = frames.settings(
     {
         frames.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
         frames.INITIAL_WINDOW_SIZE: RECEIVE_WINDOW,
+        frames.MAX_FRAME_SIZE: MAX_DATA_BYTES,
         frames.MAX_HEADER_LIST_SIZE: MAX_FIELDS_BYTES,
     }
 ) + frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
@@ -61,7 +60,7 @@ class Connection(asyncio.BufferedProtocol):
     """A connection. Used on the event loop alone.
 
     Args:
-        buffer: where it reads into, `READ_BYTES`; connections of one event loop may share it.
+        buffer: where it reads into, `reader.READ_BYTES`; connections of one event loop may share it.
         begin: makes what answers a request.
         opened: called when the connection is there.
         closed: called when it is gone.
@@ -85,9 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: Any = None
         self.sender: Sender
         self.peer = ""
-        self._buffer = buffer
-        self._rest = b""  # of what was read: a part of a frame
-        self._greeted = False
+        self._reader = FrameReader(buffer, self._greet, self._take_safely)
         self._fields = FieldReader()
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags and what there is of its header fields
         self._streams: dict[int, Stream] = {}
@@ -123,18 +120,17 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio."""
-        rest = len(self._rest)
-        self._buffer[:rest] = self._rest
-        return self._buffer[rest:]
+        return self._reader.room()
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
-        filled = len(self._rest) + nbytes
-        self._rest = b""
         if self._hung_up:
             return
         try:
-            read = self._read(filled)
+            self._reader.read(nbytes)
+        except NotHttp2 as error:
+            self._turn_away(error)
+            return
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
             return
@@ -142,8 +138,9 @@ class Connection(asyncio.BufferedProtocol):
             logger.exception("%s: a frame could not be taken in", self.peer)
             self._fail(ErrorCode.INTERNAL_ERROR, "internal error")
             return
-        if not self._hung_up:
-            self._rest = bytes(self._buffer[read:filled])
+        if self._receive_window < CONNECTION_WINDOW // 2:
+            self.sender.put(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
+            self._receive_window = CONNECTION_WINDOW
 
     def pause_writing(self) -> None:
         """See asyncio."""
@@ -195,10 +192,23 @@ class Connection(asyncio.BufferedProtocol):
 
     def _hang_up(self) -> None:
         if not self._hung_up:
-            self._hung_up = True
+            self._hung_up = self._reader.stopped = True
             self.sender.end()
             self._loop.call_later(_LINGER_S, self._transport.close)
             self._loop.call_later(_MOST_LINGER_S, self._transport.abort)
+
+    def _greet(self) -> None:
+        """The client has said that it speaks HTTP/2; what we say first are our settings (RFC 9113, 3.4)."""
+        self.sender.put(_SETTINGS)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _turn_away(self, error: NotHttp2) -> None:
+        """The peer speaks something else."""
+        logger.info("%s does not speak HTTP/2 without TLS: %s", self.peer, error)
+        if error.got[:1].isalpha():  # HTTP/1, so a person may see it
+            self._transport.write(_NOT_HTTP2)
+        self._hang_up()
 
     def _fail(self, code: ErrorCode, message: str) -> None:
         """The peer has broken the rules."""
@@ -208,58 +218,23 @@ class Connection(asyncio.BufferedProtocol):
 
     # Reading
 
-    def _read(self, filled: int) -> int:
-        """Take in the frames that are there, in the first bytes of the buffer. Returns how many bytes they were."""
-        at = 0
-        if not self._greeted:
-            if not self._greet(filled):
-                return 0
-            at = len(frames.PREFACE)
-        buffer = self._buffer
-        unpack = frames.FRAME.unpack_from
-        while filled - at >= frames.HEADER_BYTES:
-            high, low, kind, flags, number = unpack(buffer, at)
-            start = at + frames.HEADER_BYTES
-            length = high << 8 | low
-            if length > frames.DEFAULT_MAX_FRAME:
-                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most 16384")
-            if start + length > filled:
-                break
-            at = start + length
-            try:
-                self._take(kind, flags, number & frames.LARGEST_STREAM, buffer[start:at])
-            except StreamFault as fault:
-                self._fail_stream(fault)
-            except ConnectionFault:
-                raise
-            except Exception:
-                if number not in self._streams:
-                    raise
-                logger.exception("%s: stream %d failed", self.peer, number)
-                self._fail_stream(StreamFault(number, ErrorCode.INTERNAL_ERROR, "internal error"))
-            if self._hung_up:
-                break
-        if self._receive_window < CONNECTION_WINDOW // 2:
-            self.sender.put(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
-            self._receive_window = CONNECTION_WINDOW
-        return at
+    def _take_safely(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        """Take in a frame; what is wrong with a stream ends that stream.
 
-    def _greet(self, filled: int) -> bool:
-        """Whether the preface is there."""
-        got = bytes(self._buffer[: min(filled, len(frames.PREFACE))])
-        if not frames.PREFACE.startswith(got):
-            logger.info("%s does not speak HTTP/2 without TLS: it began with %r", self.peer, got[:16])
-            if got[:1].isalpha():  # HTTP/1, so a person may see it
-                self._transport.write(_NOT_HTTP2)
-            self._hang_up()
-            return False
-        if len(got) < len(frames.PREFACE):
-            return False
-        self._greeted = True
-        self.sender.put(_SETTINGS)
-        if self._timer is not None:
-            self._timer.cancel()
-        return True
+        Raises:
+            ConnectionFault: it has to end the connection.
+        """
+        try:
+            self._take(kind, flags, number, payload)
+        except StreamFault as fault:
+            self._fail_stream(fault)
+        except ConnectionFault:
+            raise
+        except Exception:
+            if number not in self._streams:
+                raise
+            logger.exception("%s: stream %d failed", self.peer, number)
+            self._fail_stream(StreamFault(number, ErrorCode.INTERNAL_ERROR, "internal error"))
 
     def _take(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
         if self._block is not None and kind != frames.CONTINUATION:

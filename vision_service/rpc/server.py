@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 
-from vision_service.http2.connection import READ_BYTES, Connection
+from vision_service.http2.connection import Connection
 from vision_service.http2.fields import Request
+from vision_service.http2.reader import READ_BYTES
 from vision_service.http2.stream import Exchange, Stream
 from vision_service.rpc.call import Call, CallDetails
 
