@@ -293,11 +293,9 @@ def test_compressed_requests(both, compression):
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 def test_a_request_that_is_too_large_once_it_is_decompressed(both, compression):
     for running in both:
-        code, text, *_ = outcome(
-            "Total", [b"0" * 100 * MOST], running.channel(), streamed=True, compression=compression
-        )
+        code, text, *_ = outcome("Echo", b"0" * 100 * MOST, running.channel(), compression=compression)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"larger than max ({100 * MOST} vs. {MOST})" in text
+        assert "larger than max" in text
 
 
 def test_a_deadline_reaches_the_handler(both):
@@ -370,7 +368,8 @@ def test_a_caller_who_does_not_read_holds_up_the_handler_and_nobody_else(server)
 
 def test_a_deadline_that_passes_stops_the_handler(server):
     with server.channel() as channel:
-        code, *_ = outcome("Slow", b"", channel, timeout=0.3)
+        grpc.channel_ready_future(channel).result(20)
+        code, *_ = outcome("Slow", b"", channel, timeout=1)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     until(lambda: server.saw("over"))
     assert server.saw("cancelled") == 1

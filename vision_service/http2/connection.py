@@ -1,8 +1,8 @@
 """One connection of a client: reads its frames, keeps to its windows, and ends it where it breaks the rules.
 
-Bounded are header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that ask for nothing, and what is handed
-to the socket of a peer that does not read. Not bounded, as with gRPC's own servers, is the sum of the requests that are
-there in part: that is `MAX_STREAMS` times what their exchanges take in.
+Bounded are header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that ask for nothing, and answers that a
+peer does not take in (but for those that were being made when it stopped). Not bounded, as with gRPC's own servers, is
+the sum of the requests that are there in part: that is `MAX_STREAMS` times what their exchanges take in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import quote
 from vision_service.http2 import frames
 from vision_service.http2.fields import MAX_BLOCK_BYTES, MAX_FIELDS_BYTES, FieldReader, Malformed, Request
 from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
-from vision_service.http2.reader import MAX_DATA_BYTES, FrameReader, NotHttp2
+from vision_service.http2.reader import MAX_FRAME_BYTES, FrameReader, NotHttp2
 from vision_service.http2.sender import Sender
 from vision_service.http2.stream import RECEIVE_WINDOW, Exchange, Stream
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 MAX_STREAMS = 4096
 """Streams that may be at work at one time on a connection, those included that were reset and whose exchange has not
 ended yet: whoever resets what it asks for shall not have more under way than others (CVE-2023-44487, CVE-2025-8671)."""
+
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
+"""With more than so many bytes of answers that its client does not take in a connection begins no further streams."""
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
 """Bytes that may be on their way to us on a connection."""
@@ -45,7 +48,7 @@ _SETTINGS = frames.settings(
     {
         frames.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
         frames.INITIAL_WINDOW_SIZE: RECEIVE_WINDOW,
-        frames.MAX_FRAME_SIZE: MAX_DATA_BYTES,
+        frames.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
         frames.MAX_HEADER_LIST_SIZE: MAX_FIELDS_BYTES,
     }
 ) + frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
@@ -124,23 +127,38 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
+        if not self._hung_up and self._read(nbytes):
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        """Go on with what was read, when others have had their turn."""
         if self._hung_up:
             return
+        self._reader.room()
+        if self._read(0):
+            self._loop.call_soon(self._read_on)
+        elif not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _read(self, size: int) -> bool:
+        """Take in frames. Returns whether there are more already."""
         try:
-            self._reader.read(nbytes)
+            more = self._reader.read(size)
         except NotHttp2 as error:
             self._turn_away(error)
-            return
+            return False
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
-            return
+            return False
         except Exception:
             logger.exception("%s: a frame could not be taken in", self.peer)
             self._fail(ErrorCode.INTERNAL_ERROR, "internal error")
-            return
+            return False
         if self._receive_window < CONNECTION_WINDOW // 2:
             self.sender.put(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
+        return more
 
     def pause_writing(self) -> None:
         """See asyncio."""
@@ -193,9 +211,18 @@ class Connection(asyncio.BufferedProtocol):
     def _hang_up(self) -> None:
         if not self._hung_up:
             self._hung_up = self._reader.stopped = True
+            self._transport.resume_reading()  # what still comes is dropped; see `_LINGER_S`
             self.sender.end()
-            self._loop.call_later(_LINGER_S, self._transport.close)
-            self._loop.call_later(_MOST_LINGER_S, self._transport.abort)
+            self._loop.call_later(_LINGER_S, self._linger, self._loop.time() + _MOST_LINGER_S)
+
+    def _linger(self, until_s: float) -> None:
+        """Close once everything is out, at the latest when time is over."""
+        if self._loop.time() >= until_s:
+            self._transport.abort()
+        elif self._transport.get_write_buffer_size():
+            self._loop.call_later(_LINGER_S, self._linger, until_s)
+        else:
+            self._transport.close()
 
     def _greet(self) -> None:
         """The client has said that it speaks HTTP/2; what we say first are our settings (RFC 9113, 3.4)."""
@@ -305,6 +332,7 @@ class Connection(asyncio.BufferedProtocol):
             if len(block) < 5:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS too short for their priority")
             block = block[5:]
+        _check_block(len(block))
         if flags & frames.END_HEADERS:
             self._take_block(flags, number, bytes(block))
         else:
@@ -315,8 +343,7 @@ class Connection(asyncio.BufferedProtocol):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, first_flags, block = self._block
         block += payload
-        if len(block) > MAX_BLOCK_BYTES:
-            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_BLOCK_BYTES} bytes of header fields")
+        _check_block(len(block))
         if flags & frames.END_HEADERS:
             self._block = None
             self._take_block(first_flags, number, bytes(block))
@@ -336,8 +363,9 @@ class Connection(asyncio.BufferedProtocol):
             stream.exchange.ended()
             return
         if number <= self._highest or self._ending:  # of a stream that ended meanwhile, or came after GOAWAY
+            if number <= self._highest:
+                self._count_idle()
             self._highest = max(number, self._highest)
-            self._count_idle()
             self._fields.skip(block)
             return
         self._highest = self._last_stream = number
@@ -346,13 +374,18 @@ class Connection(asyncio.BufferedProtocol):
         except Malformed as error:
             self._count_idle()
             raise StreamFault(number, error.code, str(error)) from None
-        if self._at_work >= MAX_STREAMS:
-            raise StreamFault(number, ErrorCode.REFUSED_STREAM, f"{MAX_STREAMS} streams are at work")
+        if self._at_work >= MAX_STREAMS or self.sender.unsent > MAX_UNSENT_BYTES:
+            message = f"{self._at_work} streams are at work, {self.sender.unsent} bytes of answers are not taken in"
+            raise StreamFault(number, ErrorCode.REFUSED_STREAM, message)
         self._idle_frames = 0
         self._at_work += 1
         stream = self._streams[number] = Stream(self, self.sender, number)
         stream.remote_ended = ends
-        exchange = self._begin(stream, request)
+        try:
+            exchange = self._begin(stream, request)
+        except BaseException:
+            stream.release()
+            raise
         if stream.closed:  # it was refused
             return
         stream.exchange = exchange
@@ -402,18 +435,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _set(self, values: list[tuple[int, int]]) -> None:
         """The peer's settings; of several values of one the last counts."""
-        before = self.sender.first_window
         for name, value in dict(values).items():
-            self.sender.heed(name, value)
+            self.sender.heed(name, value, self._most_granted)
         self.sender.put(frames.frame(frames.SETTINGS, frames.ACK, 0, 0))
-        if self.sender.first_window == before:
-            return
-        for stream in list(self._streams.values()):
-            try:
-                stream.widen(self.sender.first_window - before)
-            except StreamFault as fault:
-                raise ConnectionFault(fault.code, str(fault)) from None
-            stream.resume()
+        self.sender.feed_waiting()
+
+    def _most_granted(self) -> int:
+        return max((stream.granted for stream in self._streams.values()), default=0)
 
     def _fail_stream(self, fault: StreamFault) -> None:
         logger.debug("%s: stream %d: %s (%s)", self.peer, fault.stream, fault, fault.code.name)
@@ -421,6 +449,12 @@ class Connection(asyncio.BufferedProtocol):
         stream = self._streams.get(fault.stream)
         if stream is not None:
             stream.abort()
+
+
+def _check_block(length: int) -> None:
+    """Check how long a header block is so far."""
+    if length > MAX_BLOCK_BYTES:
+        raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_BLOCK_BYTES} bytes of header fields")
 
 
 def _check(number: int, length: int, wanted: int, name: str) -> None:

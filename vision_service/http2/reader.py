@@ -10,9 +10,14 @@ from vision_service.http2.frames import ConnectionFault, ErrorCode
 READ_BYTES = 512 * 1024
 """Most that is read in one go; the largest frame has room in it as a whole, for the sake of those with padding."""
 
-MAX_DATA_BYTES = 256 * 1024
-"""Largest frame of content: an image in one costs a third less than in frames of 16 kB. It is taken in as it comes;
-other frames have to be there as a whole, and are no larger than they are by default."""
+MAX_FRAME_BYTES = 256 * 1024
+"""Largest frame: an image in one costs a third less than in frames of 16 kB. Content is taken in as it comes; other
+frames, and those with padding, have to be there as a whole."""
+
+
+_AT_A_TIME = 1000
+"""So many frames of one connection are taken in before the event loop does something else: half a megabyte may be fifty
+thousand of them."""
 
 
 class NotHttp2(Exception):
@@ -55,13 +60,16 @@ class FrameReader:
         self.stopped = False
 
     def room(self) -> memoryview:
-        """Where to read into, before `read`, with nothing in between."""
+        """Where to read into, right before `read`, whatever its size."""
         rest = len(self._rest)
         self._buffer[:rest] = self._rest
         return self._buffer[rest:]
 
-    def read(self, size: int) -> None:
+    def read(self, size: int) -> bool:
         """Take in as many bytes of `room`.
+
+        Returns:
+            Whether there are more frames, which a further call takes in, with a size of 0.
 
         Raises:
             NotHttp2: the first bytes are not those of HTTP/2.
@@ -70,7 +78,8 @@ class FrameReader:
         filled = len(self._rest) + size
         self._rest = b""
         at = 0 if self._greeted else self._look_for_preface(filled)
-        while self._greeted and not self.stopped:
+        taken = 0
+        while self._greeted and not self.stopped and taken < _AT_A_TIME:
             kind, start = frames.DATA, at
             number, flags, length = self._coming
             if not length:
@@ -79,7 +88,9 @@ class FrameReader:
                 high, low, kind, flags, number = frames.FRAME.unpack_from(self._buffer, at)
                 number &= frames.LARGEST_STREAM
                 start, length = at + frames.HEADER_BYTES, high << 8 | low
-                _check_length(kind, length)
+                if length > MAX_FRAME_BYTES:
+                    message = f"a frame of {length} bytes; at most {MAX_FRAME_BYTES}"
+                    raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, message)
             there = filled - start
             if there >= length:
                 self._coming = 0, 0, 0
@@ -89,9 +100,12 @@ class FrameReader:
             else:
                 break
             at = start + length
+            taken += 1
             self._take(kind, flags, number, self._buffer[start:at])
-        if not self.stopped:
-            self._rest = bytes(self._buffer[at:filled])
+        if self.stopped:
+            return False
+        self._rest = bytes(self._buffer[at:filled])
+        return taken == _AT_A_TIME
 
     def _look_for_preface(self, filled: int) -> int:
         """Returns how many bytes of it are done with: all or none."""
@@ -103,9 +117,3 @@ class FrameReader:
         self._greeted = True
         self._greet()
         return len(got)
-
-
-def _check_length(kind: int, length: int) -> None:
-    most = MAX_DATA_BYTES if kind == frames.DATA else frames.DEFAULT_MAX_FRAME
-    if length > most:
-        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most {most}")

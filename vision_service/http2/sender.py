@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vision_service.http2 import frames
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 _WRITE_BYTES = 1024 * 1024
 """So many bytes of content are handed to the socket in one go, for all streams together."""
 
+_AT_A_TIME = 64
+"""So many streams have their turn before the event loop does something else."""
+
 _MOST_UNREAD = 8 * 1024 * 1024
 """Bytes that a peer may leave unread. Content stops long before, so it is answers to frames that it goes on sending."""
 
@@ -29,7 +34,8 @@ class Sender:
         loop: the event loop.
 
     Attributes:
-        first_window: how much of a new stream the peer takes at first, bytes.
+        first_window: how much of each stream the peer takes beside what it grants that stream, bytes.
+        unsent: bytes of answers that wait for their turn or for a window, of all streams.
         paused: whether the socket takes no more for now.
         answered: whether something that was asked for was sent; for whoever sets it back.
     """
@@ -40,12 +46,16 @@ class Sender:
         self._out: list[bytes | memoryview] = []
         self._content = 0
         self._flush_due = False
-        self._waiting: dict[Stream, None] = {}  # in order
+        self._waiting: dict[Stream, None] = {}  # for their turn, in order
+        self._blocked: dict[Stream, None] = {}  # by their own windows
+        self._turn_due = False
+        self._most_granted = 0  # at least what any stream was granted beyond what it sent
         self._window = frames.DEFAULT_WINDOW
         self._max_frame = frames.DEFAULT_MAX_FRAME
         self._before_block = b""
         self._ended = False
         self.first_window = frames.DEFAULT_WINDOW
+        self.unsent = 0
         self.paused = False
         self.answered = False
 
@@ -71,6 +81,7 @@ class Sender:
         """Send content, at most `sendable` bytes."""
         self.answered = True
         self._window -= len(data)
+        self.unsent -= len(data)
         self._content += len(data)
         self.put(frames.frame(frames.DATA, 0, number, len(data)), data)
 
@@ -84,18 +95,35 @@ class Sender:
         """Call a stream's `resume` once more may be sent on the connection."""
         self._waiting[stream] = None
 
-    def forget(self, stream: Stream) -> None:
-        """A stream is closed, and waits for nothing."""
+    def wait_for_window(self, stream: Stream) -> None:
+        """Call a stream's `resume` once the peer takes more of every stream; what it grants this one alone it knows."""
+        self._blocked[stream] = None
+
+    def forget(self, stream: Stream, unsent: int) -> None:
+        """A stream is closed, waits for nothing, and has so many bytes that nobody wants any more."""
         self._waiting.pop(stream, None)
+        self._blocked.pop(stream, None)
+        self.unsent -= unsent
 
     def feed_waiting(self) -> None:
-        """More may be sent: let each stream that waits have its turn."""
-        for _ in range(len(self._waiting)):
+        """More may be sent: let streams that wait have their turn, some now and the others soon."""
+        for _ in range(min(len(self._waiting), _AT_A_TIME)):
             if self.sendable() <= 0 or not self._waiting:
                 return
             stream = next(iter(self._waiting))
             del self._waiting[stream]
             stream.resume()
+        if self._waiting and not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._turn_due = False
+        self.feed_waiting()
+
+    def note_granted(self, granted: int) -> None:
+        """A stream has so much more than `first_window`."""
+        self._most_granted = max(self._most_granted, granted)
 
     def widen(self, more: int) -> None:
         """The peer takes more on the connection.
@@ -108,9 +136,25 @@ class Sender:
             raise ConnectionFault(code, f"WINDOW_UPDATE by {more} bytes")
         self._window += more
 
-    def heed(self, name: int, value: int) -> None:
-        """A setting of the peer's."""
+    def heed(self, name: int, value: int, granted: Callable[[], int]) -> None:
+        """A setting of the peer's.
+
+        Args:
+            name: which.
+            value: its value.
+            granted: the most that any stream has been granted beyond what it sent; asked only where it may be too much.
+
+        Raises:
+            ConnectionFault: a window is more than a window can have (RFC 9113, 6.9.2).
+        """
         if name == frames.INITIAL_WINDOW_SIZE:
+            if value + self._most_granted > frames.LARGEST_WINDOW:
+                self._most_granted = granted()
+            if value + self._most_granted > frames.LARGEST_WINDOW:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a stream's window is larger than 2^31-1 bytes")
+            if value > self.first_window and self._blocked:
+                self._waiting.update(self._blocked)
+                self._blocked.clear()
             self.first_window = value
         elif name == frames.MAX_FRAME_SIZE:
             self._max_frame = value
@@ -136,9 +180,11 @@ class Sender:
         self.flush()
         if not self._ended and not self._transport.is_closing():
             self._ended = True
-            self._transport.write_eof()
+            with suppress(OSError):  # the peer has gone already
+                self._transport.write_eof()
 
     def drop(self) -> None:
         """Forget what was not sent."""
         self._out.clear()
         self._waiting.clear()
+        self._blocked.clear()

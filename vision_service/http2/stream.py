@@ -47,8 +47,8 @@ class Stream:
 
     __slots__ = (
         "_connection",
+        "_granted",
         "_released",
-        "_send_window",
         "_sender",
         "_trailers",
         "_ungranted",
@@ -69,7 +69,7 @@ class Stream:
         self.closed = False
         self.receive_window = RECEIVE_WINDOW
         self._released = False
-        self._send_window = sender.first_window
+        self._granted = 0  # beside the sender's `first_window`, less what was sent
         self._ungranted = 0
         self._unsent: deque[memoryview] = deque()
         self._trailers: bytes | None = None
@@ -96,6 +96,7 @@ class Stream:
         if self.closed:
             return True
         self._unsent.append(memoryview(data))
+        self._sender.unsent += len(data)
         return self.feed()
 
     def finish(self, block: bytes) -> None:
@@ -135,13 +136,15 @@ class Stream:
         while unsent:
             data = unsent[0]
             sendable = sender.sendable()
-            size = min(len(data), self._send_window, sendable)
+            size = min(len(data), sender.first_window + self._granted, sendable)
             if size <= 0:
-                if sendable <= 0:  # else `widen` will tell
+                if sendable <= 0:
                     sender.wait_for_turn(self)
+                else:
+                    sender.wait_for_window(self)
                 return False
             sender.put_data(self.number, data[:size])
-            self._send_window -= size
+            self._granted -= size
             if size == len(data):
                 unsent.popleft()
             else:
@@ -159,15 +162,21 @@ class Stream:
         if self._unsent and self.feed() and self.exchange is not None:
             self.exchange.drained()
 
+    @property
+    def granted(self) -> int:
+        """What the peer takes beside the sender's `first_window`, less what was sent, bytes."""
+        return self._granted
+
     def widen(self, more: int) -> None:
-        """The peer takes more, or, by its settings, less.
+        """The peer takes more.
 
         Raises:
             StreamFault: more than a window can have (RFC 9113, 6.9.1).
         """
-        self._send_window += more
-        if self._send_window > LARGEST_WINDOW:
+        self._granted += more
+        if self._sender.first_window + self._granted > LARGEST_WINDOW:
             raise StreamFault(self.number, ErrorCode.FLOW_CONTROL_ERROR, "the window is larger than 2^31-1 bytes")
+        self._sender.note_granted(self._granted)
 
     def abort(self) -> None:
         """The peer has reset the stream or gone."""
@@ -177,9 +186,10 @@ class Stream:
     def _close(self, *, aborted: bool) -> None:
         exchange, self.exchange = self.exchange, None  # the two know each other
         self.closed = True
+        unsent = sum(map(len, self._unsent))
         self._unsent.clear()
         self._trailers = None
-        self._sender.forget(self)
+        self._sender.forget(self, unsent)
         self._connection.forget(self.number)
         if self._released:
             self._connection.stream_over()

@@ -65,7 +65,7 @@ class Call:
         stream: its stream.
         peer: who calls, as gRPC writes it.
         max_bytes: largest message in either direction.
-        over: called when nothing of it is left.
+        over: called when its handler has ended; the answer may still be on its way.
     """
 
     def __init__(self, stream: Stream, peer: str, max_bytes: int, over: Callable[[Call], None]) -> None:
@@ -161,12 +161,12 @@ class Call:
     async def read(self) -> Any:
         """The next message of a stream of requests; `grpc.aio.EOF` when there are no more."""
         while not self._messages:
-            if self._all_there:
+            if self._all_there or self._stream.closed:
                 return grpc.aio.EOF
             self._news = self._loop.create_future()
             await self._news
         try:
-            return self._next_message()
+            return await self._next_message()
         except StatusError as error:  # the caller's fault, not the handler's
             self._stop_with(error.code, str(error))
             await asyncio.sleep(0)  # where the handler hears that its call was cancelled
@@ -322,7 +322,7 @@ class Call:
             self._finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"[:_MOST_OF_AN_ERROR])
 
     async def _answer_one(self, method: Callable[[Any, Any], Any]) -> None:
-        request = self._next_message()
+        request = await self._next_message()
         answering = method(request, self)
         del request
         await self._send_answers(answering, streaming=self._handler.response_streaming)
@@ -346,13 +346,13 @@ class Call:
         while (message := await self.read()) is not grpc.aio.EOF:
             yield message
 
-    def _next_message(self) -> Any:
+    async def _next_message(self) -> Any:
         message, compressed = self._messages.popleft()
         if not self._messages:
             self._grant()
         if compressed:
             assert self._reader is not None, "it is there until the call has ended"
-            message = self._reader.inflated(message)
+            message = await self._loop.run_in_executor(None, self._reader.inflated, message)
         if self._handler.request_deserializer is None:
             return message
         try:
@@ -371,8 +371,9 @@ class Call:
     def _begin(self) -> None:
         """Begin the response, once."""
         if not self._begun:
+            fields = _FIELDS + write_metadata(self._initial)  # which may fail
             self._begun = True
-            self._stream.send_fields(_FIELDS + write_metadata(self._initial))
+            self._stream.send_fields(fields)
 
     def _finish(self, code: grpc.StatusCode, message: str) -> None:
         """End the response, if there is one to end."""
@@ -392,8 +393,8 @@ class Call:
             self._timer = None
         self._messages.clear()
         self._reader = None
-        self._stream.release()
         self._over(self)
+        self._stream.release()
         callbacks, self._when_done = self._when_done, []
         for callback in callbacks:
             self._loop.call_soon(callback, self)

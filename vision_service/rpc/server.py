@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -65,17 +66,28 @@ class RpcServer:
             RuntimeError: it cannot be listened on.
         """
         host, _, port = address.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
+        host = host.removeprefix("[").removesuffix("]") or "::"
+        problem = None
         try:
             bound = int(port)
-            found = socket.getaddrinfo(host or None, bound, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, _, _, _, where in dict.fromkeys(found):
-                both = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
-                listener = socket.create_server((where[0], bound), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-                self._sockets.append(listener)
-                bound = listener.getsockname()[1]  # the same of every address that a name stands for
+            found = socket.getaddrinfo(host, bound, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, ValueError) as error:
             raise RuntimeError(f"{address}: {error}") from None
+        listeners = []
+        for family, _, _, _, where in dict.fromkeys(found):
+            both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+            try:
+                listener = socket.create_server((where[0], bound), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+            except OSError as error:  # a name may stand for an address of IPv6 on a machine without
+                problem = error
+                continue
+            listeners.append(listener)
+            bound = listener.getsockname()[1]  # the same of every address that a name stands for
+        if not listeners or (problem is not None and problem.errno == errno.EADDRINUSE):
+            for listener in listeners:
+                listener.close()
+            raise RuntimeError(f"{address}: {problem}")
+        self._sockets += listeners
         return bound
 
     async def start(self) -> None:
@@ -131,7 +143,7 @@ class RpcServer:
     def _opened(self, connection: Connection) -> None:
         self._connections.add(connection)
         with suppress(OSError):  # it may be gone already
-            _ask_whether_alive(connection.socket)
+            _set_up(connection.socket)
         if self._stopped is not None:
             connection.drain()
 
@@ -156,8 +168,11 @@ class RpcServer:
         return None
 
 
-def _ask_whether_alive(endpoint: Any) -> None:
-    """Have TCP find out about clients that vanish without a word, whose calls would go on for nobody."""
+def _set_up(endpoint: Any) -> None:
+    """Have TCP send at once, and find out about clients that vanish without a word: their calls would go on for nobody."""
+    # asyncio does this itself where it made the listening socket; on another one an answer may wait 40 ms for the
+    # acknowledgement of the one before.
+    endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
         endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
