@@ -169,7 +169,7 @@ class RpcServer:
 
 
 def _set_up(endpoint: Any) -> None:
-    """Have TCP send at once, and find out about clients that vanish without a word: their calls would go on for nobody."""
+    """Have TCP send at once, and find out about clients that vanish without a word, whose calls go on for nobody."""
     # asyncio does this itself where it made the listening socket; on another one an answer may wait 40 ms for the
     # acknowledgement of the one before.
     endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
