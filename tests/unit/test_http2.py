@@ -778,6 +778,16 @@ def test_a_call_that_comes_after_goaway_harms_no_other(late):
         stopping.result(20)
 
 
+def test_a_client_that_has_not_spoken_yet_hears_no_goaway():
+    """3.4: the server's settings come first, whatever it has to say."""
+    with running() as (server, port, loop), Raw(port, greet=False) as client:
+        until(lambda: server._connections)
+        stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+        assert client.frame() is None
+        client.socket.close()
+        stopping.result(20)
+
+
 def test_what_is_said_last_is_heard(port):
     """However much the client still has to say: a socket closed with bytes unread may lose what it was to send."""
     with Raw(port) as client:

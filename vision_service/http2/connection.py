@@ -94,6 +94,7 @@ class Connection(asyncio.BufferedProtocol):
         self._highest = 0  # number of a stream that was begun
         self._last_stream = 0  # that was looked at
         self._at_work = 0
+        self._greeted = False
         self._ending = False  # no further streams
         self._hung_up = False  # nothing is sent or heard any more
         self._idle_frames = 0
@@ -188,7 +189,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._ending or self._transport is None:
             return
         self._ending = True
-        self.sender.put(frames.goaway(self._last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
+        if self._greeted:  # nothing comes before our settings
+            self.sender.put(frames.goaway(self._last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
         if not self._streams:
             self._hang_up()
 
@@ -226,6 +228,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _greet(self) -> None:
         """The client has said that it speaks HTTP/2; what we say first are our settings (RFC 9113, 3.4)."""
+        self._greeted = True
         self.sender.put(_SETTINGS)
         if self._timer is not None:
             self._timer.cancel()
