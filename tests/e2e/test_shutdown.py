@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.e2e.test_server import raw_request
 from tests.helpers import PLUGINS, tiny_manifest
+from tests.unit import test_http2 as http2
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 
 
@@ -121,3 +122,16 @@ def test_a_wrong_setting_ends_with_one_line_and_code_2(tmp_path):
     assert done.returncode == 2
     assert "no model 'nanodet' is known; did you mean 'nanodet_g'?" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_health_watch_that_takes_nothing_in_does_not_hold_up_the_end(serve):
+    """The library's servicer holds what all news have to pass while it writes."""
+    process, port, _ = serve()
+    fields = [*http2.FIELDS[:2], (":path", "/grpc.health.v1.Health/Watch"), *http2.FIELDS[3:]]
+    with http2.Raw(port, greet=False) as client:
+        client.send(http2.PREFACE, http2.f(http2.SETTINGS, 0, 0, http2.setting(4, 0)))  # not a byte of content
+        client.send(http2.call(1, b"", fields))
+        assert client.next(http2.hf.HeadersFrame) is not None
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    assert process.returncode == 0

@@ -586,10 +586,10 @@ def test_content_that_nobody_wants_is_granted_to_the_connection(port):
 
 
 def test_more_content_than_the_connection_was_granted(monkeypatch):
-    """6.9.1. With a window that no read refills: one that is used up within one."""
-    monkeypatch.setattr(connection_module, "CONNECTION_WINDOW", 100_000)
+    """6.9.1. What is read in one go may use the window up; so few bytes come in one."""
+    monkeypatch.setattr(connection_module, "CONNECTION_WINDOW", 10)
     with running() as (_, port, _), Raw(port) as client:
-        client.send(f(HEADERS, END_HEADERS, 1, block()), f(DATA, 0, 1, bytes(100_001)))
+        client.send(f(HEADERS, END_HEADERS, 1, block()), f(DATA, 0, 1, bytes(11)))
         assert client.hung_up() == FLOW
 
 
@@ -793,6 +793,23 @@ def test_what_is_said_last_is_heard(port):
     with Raw(port) as client:
         client.send(f(DATA, 0, 1, b"x"), *[f(DATA, 0, 1, bytes(16_384)) for _ in range(60)])
         assert client.hung_up() == PROTOCOL
+
+
+def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to_read():
+    """It may lie in the system's buffers for longer than the server lingers otherwise, while the client talks."""
+    with running() as (server, port, loop), Raw(port, greet=False) as client:
+        window = f(SETTINGS, 0, 0, setting(4, 2**31 - 1)) + f(WINDOW, 0, 0, u32(2**30))
+        client.send(PREFACE, window, call(1, b"2000000", path("Big")))
+        client.next(hf.HeadersFrame)
+        stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+        got = 0
+        while (found := client.next(hf.DataFrame)) is not None:
+            got += len(found.data)
+            client.send(f(PING, 0, 0, bytes(8)))
+            time.sleep(0.02)  # 123 times
+        assert got == 2_000_005
+        client.socket.close()
+        stopping.result(20)
 
 
 def test_streams_that_are_reset_wait_for_no_window(served):

@@ -144,4 +144,6 @@ def test_metadata_that_is_none(field):
 
 
 def test_the_message_of_a_status_is_percent_encoded():
+    for message, written in ((" ", b"%20"), (" a ", b"%20a%20"), ("  ", b"%20%20")):
+        assert write_status(grpc.StatusCode.INTERNAL, message).endswith(bytes([len(written)]) + written)
     assert b"50%25 gr%C3%B6%C3%9Fer%0A~ !" in write_status(grpc.StatusCode.INTERNAL, "50% größer\n~ !")

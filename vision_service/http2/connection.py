@@ -8,7 +8,10 @@ the sum of the requests that are there in part: that is `MAX_STREAMS` times what
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import sys
+import termios
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -26,8 +29,9 @@ MAX_STREAMS = 4096
 """Streams that may be at work at one time on a connection, those included that were reset and whose exchange has not
 ended yet: whoever resets what it asks for shall not have more under way than others (CVE-2023-44487, CVE-2025-8671)."""
 
-MAX_UNSENT_BYTES = 64 * 1024 * 1024
-"""With more than so many bytes of answers that its client does not take in a connection begins no further streams."""
+MAX_UNSENT_BYTES = 256 * 1024 * 1024
+"""With more than so many bytes of answers that are not on their way a connection begins no further streams. A batch of
+large images for one client, who reads, stays below."""
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
 """Bytes that may be on their way to us on a connection."""
@@ -221,7 +225,7 @@ class Connection(asyncio.BufferedProtocol):
         """Close once everything is out, at the latest when time is over."""
         if self._loop.time() >= until_s:
             self._transport.abort()
-        elif self._transport.get_write_buffer_size():
+        elif self._transport.get_write_buffer_size() or _unacknowledged(self.socket):
             self._loop.call_later(_LINGER_S, self._linger, until_s)
         else:
             self._transport.close()
@@ -452,6 +456,15 @@ class Connection(asyncio.BufferedProtocol):
         stream = self._streams.get(fault.stream)
         if stream is not None:
             stream.abort()
+
+
+def _unacknowledged(endpoint: Any) -> int:
+    """Bytes that the system still has of what was sent: closed now, it would drop them if the peer sent anything."""
+    try:
+        answer = fcntl.ioctl(endpoint.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
 
 
 def _check_block(length: int) -> None:

@@ -88,7 +88,8 @@ def write_status(code: grpc.StatusCode, message: str) -> bytes:
     if code is grpc.StatusCode.OK and not message:
         return _OK
     encoded = quote_from_bytes(message.encode("utf-8", "replace"), safe=_PLAIN).encode("ascii")
-    for end in (encoded[:1], encoded[-1:]):
-        if end == b" ":  # no field may begin or end with one (RFC 9113, 8.2.1)
-            encoded = b"%20" + encoded[1:] if encoded[:1] == b" " else encoded[:-1] + b"%20"
+    if encoded.startswith(b" "):  # no field may begin or end with one (RFC 9113, 8.2.1)
+        encoded = b"%20" + encoded[1:]
+    if encoded.endswith(b" "):
+        encoded = encoded[:-1] + b"%20"
     return write_fields([(b"grpc-status", b"%d" % code.value[0]), (b"grpc-message", encoded)])

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -130,7 +131,8 @@ class VisionServer:
         """
         if self._server is None:
             return True
-        await self._health.enter_graceful_shutdown()
+        with suppress(TimeoutError):  # somebody who watches and takes nothing in keeps the news from all
+            await asyncio.wait_for(self._health.enter_graceful_shutdown(), STREAM_GRACE_S)
         self._streams.stop()
         loop = asyncio.get_running_loop()
         until_s, under_way = loop.time() + self.settings.drain_timeout_s, self.calls.under_way
