@@ -100,7 +100,9 @@ def main() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None, "it is a pipe"
-        ports = next(line.split()[1:] for line in process.stdout if line.startswith("ports "))
+        ports = next((line.split()[1:] for line in process.stdout if line.startswith("ports ")), None)
+        if ports is None:
+            sys.exit(f"the server did not start; {' '.join(command)} says why")
         with running(f"127.0.0.1:{ports[0]}", chosen.model) as first:
             target = {
                 name: replace(first, address=f"127.0.0.1:{port}", pid=process.pid)
@@ -108,7 +110,7 @@ def main() -> None:
             }
             closed = compare(target, plan, chosen.pairs, 0.0)
             print(json.dumps(closed, indent=1), flush=True)
-            over = compare(target, plan, chosen.pairs // 2, 3.0 * closed["asyncio"]["images_per_s"])  # type: ignore[index]
+            over = compare(target, plan, chosen.pairs // 2, 3.0 * closed["asyncio"]["images_per_s"])
             print(json.dumps(over, indent=1))
     finally:
         process.terminate()

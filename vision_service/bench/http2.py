@@ -12,24 +12,40 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vision_service.errors import ModelUnavailable
+from vision_service.http2.frames import (
+    ACK,
+    DATA,
+    DEFAULT_MAX_FRAME,
+    DEFAULT_WINDOW,
+    ENABLE_PUSH,
+    END_HEADERS,
+    END_STREAM,
+    FRAME,
+    GOAWAY,
+    HEADER_TABLE_SIZE,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    LARGEST_WINDOW,
+    MAX_FRAME_SIZE,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTING,
+    SETTINGS,
+    UINT32,
+    WINDOW_UPDATE,
+    frame,
+    settings,
+    window_update,
+)
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-END_STREAM, END_HEADERS, ACK = 1, 4, 1
-HEADER_TABLE_SIZE, ENABLE_PUSH, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 2, 4, 5
-LARGEST_WINDOW = 2**31 - 1
-DEFAULT_WINDOW = 65535
 OK, INTERNAL, UNAVAILABLE = 0, 13, 14
 """Numbers of gRPC's statuses, where this file makes one up."""
-
-_FRAME = struct.Struct(">HBBBL")  # length in 16 + 8 bits, type, flags, stream
-_SETTING = struct.Struct(">HL")
-_UINT32 = struct.Struct(">L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +101,17 @@ class GrpcConnection:
         self._blocked: deque[int] = deque()  # streams with bytes that no window lets through
         self._window = DEFAULT_WINDOW
         self._first_window = DEFAULT_WINDOW
-        self._max_frame = 16384
+        self._max_frame = DEFAULT_MAX_FRAME
         self._read = 0  # bytes of DATA that the server was not yet told to be read
         self._buffer = bytearray()
         self._out: list[bytes | memoryview] = []
-        settings = ((HEADER_TABLE_SIZE, 0), (ENABLE_PUSH, 0), (INITIAL_WINDOW_SIZE, LARGEST_WINDOW))
-        payload = b"".join(_SETTING.pack(*setting) for setting in settings)
-        self._out += [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(SETTINGS, 0, 0, len(payload)), payload]
-        self._out += [frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(LARGEST_WINDOW - DEFAULT_WINDOW)]
+        wanted = {HEADER_TABLE_SIZE: 0, ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: LARGEST_WINDOW}
+        self._out += [PREFACE, settings(wanted), window_update(0, LARGEST_WINDOW - DEFAULT_WINDOW)]
         self.flush()
 
     def prepare(self, message: bytes) -> bytes:
         """A serialised message as gRPC sends it: not compressed, its length, itself."""
-        return b"\0" + _UINT32.pack(len(message)) + message
+        return b"\0" + UINT32.pack(len(message)) + message
 
     def start(self, prepared: bytes) -> int:
         """Begin a call; `flush` sends it.
@@ -186,7 +200,7 @@ class GrpcConnection:
     def _parse(self, done: list[Reply]) -> None:
         buffer, at, opened = self._buffer, 0, False
         while len(buffer) - at >= 9:
-            high, low, kind, flags, number = _FRAME.unpack_from(buffer, at)
+            high, low, kind, flags, number = FRAME.unpack_from(buffer, at)
             end = at + 9 + (high << 8 | low)
             if len(buffer) < end:
                 break
@@ -200,7 +214,7 @@ class GrpcConnection:
         if opened:
             self._feed_blocked()
         if self._read > LARGEST_WINDOW // 2:
-            self._out += [frame(WINDOW_UPDATE, 0, 0, 4), _UINT32.pack(self._read)]
+            self._out.append(window_update(0, self._read))
             self._read = 0
 
     def _hear(self, kind: int, flags: int, number: int, payload: bytes, done: list[Reply]) -> None:
@@ -225,7 +239,7 @@ class GrpcConnection:
     def _manage(self, kind: int, flags: int, number: int, payload: bytes) -> bool:
         """Take in what belongs to the connection. Returns whether more may be sent now."""
         if kind == SETTINGS and not flags & ACK:
-            for name, value in _SETTING.iter_unpack(payload):
+            for name, value in SETTING.iter_unpack(payload):
                 if name == INITIAL_WINDOW_SIZE:
                     self._widen_all(value - self._first_window)
                     self._first_window = value
@@ -238,7 +252,7 @@ class GrpcConnection:
         elif kind == GOAWAY:
             raise ModelUnavailable(f"{self._address}: the server hung up: {payload[8:].decode(errors='replace')}")
         elif kind == WINDOW_UPDATE:
-            more = _UINT32.unpack(payload)[0]
+            more = UINT32.unpack(payload)[0]
             if number == 0:
                 self._window += more
             else:
@@ -255,11 +269,6 @@ class GrpcConnection:
         """Every call may send more, or less."""
         for stream in self._streams.values():
             stream.window += more
-
-
-def frame(kind: int, flags: int, stream: int, length: int) -> bytes:
-    """What comes before a frame's payload."""
-    return _FRAME.pack(length >> 8, length & 0xFF, kind, flags, stream)
 
 
 def _request_headers(authority: str, method: str) -> bytes:

@@ -6,19 +6,10 @@ import struct
 from collections import deque
 
 from vision_service.api.v1 import vision_pb2 as pb
-from vision_service.bench.http2 import (
-    DATA,
-    END_HEADERS,
-    END_STREAM,
-    HEADERS,
-    OK,
-    GrpcConnection,
-    Reply,
-    frame,
-    status_of,
-)
+from vision_service.bench.http2 import OK, GrpcConnection, Reply, status_of
 from vision_service.client.unanswered import MESSAGE_BYTES
 from vision_service.errors import ModelUnavailable
+from vision_service.http2.frames import DATA, END_HEADERS, END_STREAM, HEADERS, frame
 
 _LENGTH = struct.Struct(">BL")
 
