@@ -114,9 +114,13 @@ def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
                 f"{name}: pipeline / what the stages' CPU time allows >= 0.95", model.pipeline_over_allowed, 0.95
             )
         if model.single_pipeline_ms and model.single_served_ms:
-            more = model.single_served_ms.p50 - model.single_pipeline_ms.p50
+            more, by = model.single_served_ms.p50 - model.single_pipeline_ms.p50, ""
+            if model.single_more_ms is not None:
+                more = model.single_more_ms.median
+                by = f" ({model.single_more_ms.low:+.1f} to {model.single_more_ms.high:+.1f})"
             note = f"{model.single_served_ms.p50:.1f} ms and {model.single_pipeline_ms.p50:.1f} ms"
-            yield Verdict(f"{name}: one call at a time, p50 <= in process + 2 ms", f"{more:+.1f} ms", more <= 2, note)
+            text = f"{name}: one call at a time, p50 <= in process + 2 ms"
+            yield Verdict(text, f"{more:+.1f} ms{by}", more <= 2, note)
         for how, overload, ratio, alone in (
             ("", model.overload, model.goodput_over_capacity, model.goodput_over_capacity_without_generator),
             (

@@ -18,6 +18,7 @@ from vision_service.bench.plan import Setup, Variant
 from vision_service.bench.report import Report
 from vision_service.bench.served import Target
 from vision_service.bench.stream import StreamConnection
+from vision_service.bench.summary import TURNS
 from vision_service.cli import app
 from vision_service.client import codec
 from vision_service.config.settings import ServerSettings
@@ -162,14 +163,16 @@ def test_open_loops(bench, address, monkeypatch):
     order, measure = [], Target.load
 
     def load(target, plan, **more):
-        order.extend([more["held_callers"]] if "held_callers" in more else [])
+        order.append(more.get("held_callers", "at its own pace" if "in_flight" in more else "at a given rate"))
         return measure(target, plan, **more)
 
     monkeypatch.setattr(Target, "load", load)
     arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
     result, report = bench(*arguments, "--rate", 20, "--overload", 5, "--rounds", 2)
     assert result.exit_code == 0, result.output
-    assert order == [0, 2, 2, 0]  # what comes first in one round comes last in the next
+    beside = "at its own pace"  # before and after each of the two kinds, which take turns
+    one_round = [beside] * TURNS + ["at a given rate"] + [beside, 0, beside, 2, beside, 2, beside, 0, beside]
+    assert order == 2 * one_round
     (model,) = report.models
     assert model.offered_per_s == 20
     assert model.open.images_per_s.median < 60  # whatever the server could do, no more was sent

@@ -13,6 +13,7 @@ from vision_service.bench import run as bench_run
 from vision_service.bench import summary as bench_summary
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
 from vision_service.bench.http2 import INTERNAL, _number_in, _request_headers, status_of
+from vision_service.bench.inprocess import PipelineResult
 from vision_service.bench.load import Load, LoadResult, _share, merged
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.report import Flow, ModelReport, Report
@@ -56,7 +57,27 @@ def test_ratios_are_taken_round_by_round():
 
 def test_what_the_generator_used_is_given_back():
     # It used half a core of two: the server had three quarters of the machine.
-    assert bench_summary._without(LoadResult(2.0, generator_cpu_s=1.0), 2) == pytest.approx(4 / 3)
+    result = LoadResult(2.0, generator_cpu_s=1.0, in_time=60)
+    assert bench_summary._speed(result) == 30
+    assert bench_summary._speed(result, cores=2) == pytest.approx(40)
+
+
+def test_goodput_is_of_the_capacity_around_it():
+    # The machine got slower meanwhile, from 100 a second to 60.
+    before, after = LoadResult(2.0, in_time=200), LoadResult(2.0, generator_cpu_s=1.0, in_time=120)
+    overload = bench_summary.Overload(LoadResult(4.0, generator_cpu_s=4.0, in_time=288), before, after)
+    assert overload.goodput() == pytest.approx(72 / 80)
+    assert overload.goodput(cores=2) == pytest.approx(144 / 90)
+
+
+def test_single_calls_are_compared_turn_by_turn():
+    rounds = bench_summary.Rounds()
+    assert bench_summary._single_more_ms(rounds) is None
+    for pipeline_s, call_s in ((0.010, 0.011), (0.020, 0.023), (0.010, 0.012)):  # the second turn was slow for both
+        rounds.single_pipeline.append(PipelineResult(1.0, [pipeline_s] * 3))
+        rounds.single_served.append(LoadResult(1.0, {"OK": [call_s] * 3}))
+    found = bench_summary._single_more_ms(rounds)
+    assert (found.median, found.low, found.high) == pytest.approx((2, 1, 3))
 
 
 def test_speed_counts_what_ended_in_time():

@@ -50,6 +50,10 @@ def test_ratios_and_single_calls():
     late["single_served_ms"] = Percentiles(4.5, 8, 9)
     values = {one.value for one in page._own_verdicts([model(**late)])}
     assert "-0.5 ms" in values
+    late["single_more_ms"] = Spread(2.5, 1.0, 4.0)  # turn by turn, which the machine's speed does not blur
+    verdicts = list(page._own_verdicts([model(**late)]))
+    assert not met(verdicts)["one call at a time, p50 <= in process + 2 ms"]
+    assert "+2.5 ms (+1.0 to +4.0)" in {one.value for one in verdicts}
 
 
 @pytest.mark.parametrize(

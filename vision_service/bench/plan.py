@@ -74,9 +74,11 @@ class Plan:
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
         overload: of two more open loops, as a multiple of what the closed loop of the same round reached: with callers
-            that go on asking, and with callers that hold back.
-        seconds: of each measurement in a round; but for the open loops, in four parts that take turns.
-        warmup_s: before each measurement and each of its parts, seconds; half of it before single calls.
+            that go on asking, and with callers that hold back. Each is measured twice a round, for half of the time,
+            and beside a closed loop.
+        seconds: of each measurement in a round; but for the open loop, in four parts that take turns.
+        warmup_s: before each measurement and each of its parts, seconds; half of it before single calls, twice as much
+            before overload.
         rounds: how often everything is measured; figures are medians.
         generators: processes that generate load.
         address: a running server to measure instead of one that is started for it; empty: start one.

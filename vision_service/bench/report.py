@@ -61,6 +61,7 @@ class ModelReport:
         streamed: likewise, as requests on one stream of Predict instead of calls.
         single_pipeline_ms: latency in process, one image at a time.
         single_served_ms: latency of a call, one at a time.
+        single_more_ms: by how much the latter's median is above the former's, as of the same turn.
         offered_per_s: rate of the open loop.
         open: at that rate.
         overload: in an open loop at a multiple of the closed loop's speed.
@@ -80,7 +81,8 @@ class ModelReport:
             another machine would see, as long as the processor is what limits.
         streamed_over_pipeline: as ``served_over_pipeline``, of what is ``streamed``.
         streamed_over_pipeline_without_generator: likewise.
-        goodput_over_capacity: ratio of what is answered under overload to the closed loop's speed.
+        goodput_over_capacity: ratio of what is answered under overload to the closed loop's speed right before and
+            after.
         goodput_over_capacity_without_generator: likewise, if the generator's CPU time were the server's in both.
         streamed_goodput_over_capacity: as ``goodput_over_capacity``, on one stream.
         streamed_goodput_over_capacity_without_generator: likewise.
@@ -101,6 +103,7 @@ class ModelReport:
     streamed: Flow | None = None
     single_pipeline_ms: Percentiles | None = None
     single_served_ms: Percentiles | None = None
+    single_more_ms: Spread | None = None
     offered_per_s: float | None = None
     open: Flow | None = None
     overload: Flow | None = None

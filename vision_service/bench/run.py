@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean
 from typing import Any
 
 from vision_service.bench import inprocess, served
@@ -17,7 +18,7 @@ from vision_service.bench.load import HELD_CALLERS, LoadResult
 from vision_service.bench.plan import Plan, Variant
 from vision_service.bench.report import ModelReport, Report
 from vision_service.bench.served import Target
-from vision_service.bench.summary import TURNS, Rounds, by_round, images_per_s, summary
+from vision_service.bench.summary import TURNS, Overload, Rounds, images_per_s, summary
 from vision_service.engine.build import resolve_specs
 from vision_service.engine.threads import usable_cores
 from vision_service.errors import InvalidInput
@@ -110,34 +111,51 @@ def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
     if "overload" in plan.measures:
-        _overload(plan, target, rounds.served, (rounds.overload, rounds.held_overload))
+        _overload(plan, target, rounds.served, {0: rounds.overload, HELD_CALLERS: rounds.held_overload})
     if "overload" in plan.measures and "streamed" in plan.measures:
-        _overload(
-            plan, target, rounds.streamed, (rounds.streamed_overload, rounds.streamed_held_overload), streamed=True
-        )
+        loops = {0: rounds.streamed_overload, HELD_CALLERS: rounds.streamed_held_overload}
+        _overload(plan, target, rounds.streamed, loops, streamed=True)
 
 
 def _overload(
     plan: Plan,
     target: Target,
     closed: Sequence[LoadResult],
-    loops: tuple[list[LoadResult], list[LoadResult]],
+    loops: Mapping[int, list[Overload]],
     *,
     streamed: bool = False,
 ) -> None:
-    """Overload from callers that go on asking, and from callers that hold back; every second round the other way round.
+    """Overload from callers that go on asking, and from callers that hold back, each time with closed loops beside it.
+
+    A queue is full before it is measured, so an open loop takes seconds, within which a shared machine's speed changes:
+    each is compared with what the server reaches right before and right after it, at its own pace.
 
     Args:
         plan: how many times the speed of the closed loop.
         target: the server.
-        closed: what the closed loop reached, turn by turn.
-        loops: where results go.
+        closed: what the closed loop reached, turn by turn, this round's last.
+        loops: where results go, by how many callers hold back.
         streamed: see `Target.load`.
     """
-    rate = plan.overload * by_round([images_per_s(one) for one in closed])[-1]
-    kinds = [(0, loops[0]), (HELD_CALLERS, loops[1])]
-    for callers, results in kinds if len(loops[0]) % 2 == 0 else reversed(kinds):
-        results.append(target.load(plan, streamed=streamed, rate=rate, held_callers=callers))
+
+    def closed_loop() -> LoadResult:
+        return target.load(plan, streamed=streamed, in_flight=plan.in_flight, seconds=plan.seconds / TURNS)
+
+    rate = plan.overload * fmean(map(images_per_s, closed[-TURNS:]))
+    before = closed_loop()
+    kinds = list(loops)
+    for callers in kinds + kinds[::-1]:  # whatever drifts meanwhile drifts for both
+        loop = target.load(
+            plan,
+            streamed=streamed,
+            rate=rate,
+            held_callers=callers,
+            warmup_s=2 * plan.warmup_s,
+            seconds=plan.seconds / 2,
+        )
+        after = closed_loop()
+        loops[callers].append(Overload(loop, before, after))
+        before = after
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:

@@ -18,6 +18,26 @@ TURNS = 4
 measured within seconds: a shared machine's speed changes by a quarter within a minute."""
 
 
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """An open loop, and what the server does at its own pace right before and after it.
+
+    Attributes:
+        loop: the open loop.
+        before: a closed loop.
+        after: likewise.
+    """
+
+    loop: LoadResult
+    before: LoadResult
+    after: LoadResult
+
+    def goodput(self, cores: int = 0) -> float:
+        """Ratio of what was answered to the closed loops' mean; with cores, the generator's time returned in both."""
+        capacity = (_speed(self.before, cores) + _speed(self.after, cores)) / 2
+        return _speed(self.loop, cores) / capacity
+
+
 @dataclass(slots=True)
 class Rounds:
     """What the rounds of one variant gave, in order; all but the open loops turn by turn.
@@ -46,10 +66,10 @@ class Rounds:
     single_pipeline: list[PipelineResult] = field(default_factory=list)
     single_served: list[LoadResult] = field(default_factory=list)
     open: list[LoadResult] = field(default_factory=list)
-    overload: list[LoadResult] = field(default_factory=list)
-    held_overload: list[LoadResult] = field(default_factory=list)
-    streamed_overload: list[LoadResult] = field(default_factory=list)
-    streamed_held_overload: list[LoadResult] = field(default_factory=list)
+    overload: list[Overload] = field(default_factory=list)
+    held_overload: list[Overload] = field(default_factory=list)
+    streamed_overload: list[Overload] = field(default_factory=list)
+    streamed_held_overload: list[Overload] = field(default_factory=list)
     served_peak_mb: float = 0.0
 
 
@@ -67,13 +87,16 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
     pipeline = [len(one.latencies_s) / one.seconds for one in rounds.pipeline]
     through = [images_per_s(one) for one in rounds.served]
     streamed = [images_per_s(one) for one in rounds.streamed]
-    returned = [speed * _without(one, cores) for speed, one in zip(through, rounds.served, strict=True)]
-    streamed_returned = [speed * _without(one, cores) for speed, one in zip(streamed, rounds.streamed, strict=True)]
+    returned = [_speed(one, cores) for one in rounds.served]
+    streamed_returned = [_speed(one, cores) for one in rounds.streamed]
     allowed = [1000 * cores / sum(stage.cpu_ms for stage in stages.values()) for stages in rounds.stages]
     in_process = _in_process_flow(rounds.pipeline) if rounds.pipeline else None
 
     def flow(results: Sequence[LoadResult], peak_mb: float = 0.0) -> Flow | None:
         return _served_flow(results, target, peak_mb, cores) if results else None
+
+    def overload(results: Sequence[Overload]) -> Flow | None:
+        return flow([one.loop for one in results])
 
     over_network = flow(rounds.served, rounds.served_peak_mb)
     return ModelReport(
@@ -85,10 +108,10 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         served=over_network,
         streamed=flow(rounds.streamed, rounds.served_peak_mb),
         open=flow(rounds.open),
-        overload=flow(rounds.overload),
-        held_overload=flow(rounds.held_overload),
-        streamed_overload=flow(rounds.streamed_overload),
-        streamed_held_overload=flow(rounds.streamed_held_overload),
+        overload=overload(rounds.overload),
+        held_overload=overload(rounds.held_overload),
+        streamed_overload=overload(rounds.streamed_overload),
+        streamed_held_overload=overload(rounds.streamed_held_overload),
         overload_offered=plan.overload if rounds.overload else None,
         queue_bound_ms=_queue_bound_ms(target, through),
         network_images_per_s={
@@ -100,6 +123,7 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         single_served_ms=Percentiles.of(
             [late for one in rounds.single_served for late in one.latencies_s.get("OK", ())]
         ),
+        single_more_ms=_single_more_ms(rounds),
         offered_per_s=plan.rate if rounds.open else None,
         network_best_per_s=Spread.of(best) if best else None,
         allowed_per_s=Spread.of(allowed).median if allowed else None,
@@ -109,24 +133,29 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         served_over_pipeline_without_generator=_ratio(returned, pipeline),
         streamed_over_pipeline=_ratio(streamed, pipeline),
         streamed_over_pipeline_without_generator=_ratio(streamed_returned, pipeline),
-        goodput_over_capacity=_goodput(rounds.overload, through),
-        goodput_over_capacity_without_generator=_goodput(rounds.overload, returned, cores),
-        held_goodput_over_capacity=_goodput(rounds.held_overload, through),
-        streamed_goodput_over_capacity=_goodput(rounds.streamed_overload, streamed),
-        streamed_goodput_over_capacity_without_generator=_goodput(rounds.streamed_overload, streamed_returned, cores),
-        held_goodput_over_capacity_without_generator=_goodput(rounds.held_overload, returned, cores),
-        streamed_held_goodput_over_capacity=_goodput(rounds.streamed_held_overload, streamed),
-        streamed_held_goodput_over_capacity_without_generator=_goodput(
-            rounds.streamed_held_overload, streamed_returned, cores
-        ),
+        goodput_over_capacity=_goodput(rounds.overload),
+        goodput_over_capacity_without_generator=_goodput(rounds.overload, cores),
+        held_goodput_over_capacity=_goodput(rounds.held_overload),
+        streamed_goodput_over_capacity=_goodput(rounds.streamed_overload),
+        streamed_goodput_over_capacity_without_generator=_goodput(rounds.streamed_overload, cores),
+        held_goodput_over_capacity_without_generator=_goodput(rounds.held_overload, cores),
+        streamed_held_goodput_over_capacity=_goodput(rounds.streamed_held_overload),
+        streamed_held_goodput_over_capacity_without_generator=_goodput(rounds.streamed_held_overload, cores),
     )
 
 
-def _goodput(overload: Sequence[LoadResult], capacity: Sequence[float], cores: int = 0) -> Spread | None:
-    """Of what is answered under overload to the closed loop's speed; with cores, the generator's time returned."""
-    return _ratio(
-        [images_per_s(one) * (_without(one, cores) if cores else 1.0) for one in overload], by_round(capacity)
-    )
+def _goodput(results: Sequence[Overload], cores: int = 0) -> Spread | None:
+    return Spread.of([one.goodput(cores) for one in results]) if results else None
+
+
+def _single_more_ms(rounds: Rounds) -> Spread | None:
+    """By how much single calls' median is above the pipeline's, turn by turn, milliseconds."""
+    pairs = [
+        (Percentiles.of(call.latencies_s.get("OK", ())), Percentiles.of(alone.latencies_s))
+        for call, alone in zip(rounds.single_served, rounds.single_pipeline, strict=False)
+    ]
+    more = [call.p50 - alone.p50 for call, alone in pairs if call and alone]
+    return Spread.of(more) if more else None
 
 
 def images_per_s(result: LoadResult) -> float:
@@ -155,9 +184,10 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> Spread | None:
     return Spread.of([one / other for one, other in zip(above, below, strict=True)])
 
 
-def _without(result: LoadResult, cores: int) -> float:
-    """How much faster a server would be that had the generator's CPU time."""
-    return cores / (cores - result.generator_cpu_s / result.seconds)
+def _speed(result: LoadResult, cores: int = 0) -> float:
+    """Images a second; with cores, of a server that had the generator's CPU time as well."""
+    speed = images_per_s(result)
+    return speed * cores / (cores - result.generator_cpu_s / result.seconds) if cores else speed
 
 
 def _stages(rounds: Rounds, pipeline: Flow | None, through: Flow | None) -> dict[str, float]:
@@ -201,8 +231,3 @@ def _served_flow(results: Sequence[LoadResult], target: Target | None, peak_mb: 
         failed={status: len(values) for status, values in failed.items()},
         failed_latency_ms={status: late for status, values in failed.items() if (late := Percentiles.of(values))},
     )
-
-
-def by_round(turns: Sequence[float]) -> list[float]:
-    """The mean of each round's turns."""
-    return [sum(turns[at : at + TURNS]) / TURNS for at in range(0, len(turns), TURNS)]
