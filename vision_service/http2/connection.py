@@ -148,6 +148,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _read(self, size: int) -> bool:
         """Take in frames. Returns whether there are more already."""
+        self.sender.hold()  # what they are answered with at once needs no turn of its own
+        try:
+            return self._read_frames(size)
+        finally:
+            self.sender.let_go()
+
+    def _read_frames(self, size: int) -> bool:
         try:
             more = self._reader.read(size)
         except NotHttp2 as error:

@@ -155,16 +155,25 @@ def _request(fields: Sequence[tuple[bytes, bytes]]) -> Request:
 
 def write_fields(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Header fields as they are, never indexed and without Huffman's code (RFC 7541, 6.2.2): no state, little work."""
-    parts = []
+    parts: list[bytes] = []
     for name, value in fields:
-        parts += [b"\x00", _length(len(name)), name, _length(len(value)), value]
+        name_length, length = len(name), len(value)
+        parts += (
+            b"\x00",
+            _SHORT[name_length] if name_length < _IN_A_BYTE else _length(name_length),
+            name,
+            _SHORT[length] if length < _IN_A_BYTE else _length(length),
+            value,
+        )
     return b"".join(parts)
 
 
+_IN_A_BYTE = 127
+_SHORT = [bytes((length,)) for length in range(_IN_A_BYTE)]
+
+
 def _length(length: int) -> bytes:
-    """A length in front of a string (RFC 7541, 5.1, with a prefix of 7 bits)."""
-    if length < 127:
-        return bytes((length,))
+    """A length in front of a string (RFC 7541, 5.1, with a prefix of 7 bits) that does not fit into a byte."""
     rest, written = length - 127, bytearray((127,))
     while rest >= 128:
         written.append(rest & 127 | 128)

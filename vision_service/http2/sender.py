@@ -46,6 +46,7 @@ class Sender:
         self._out: list[bytes | memoryview] = []
         self._content = 0
         self._flush_due = False
+        self._held = False
         self._waiting: dict[Stream, None] = {}  # for their turn, in order
         self._blocked: dict[Stream, None] = {}  # by their own windows
         self._turn_due = False
@@ -60,11 +61,21 @@ class Sender:
         self.answered = False
 
     def put(self, *parts: bytes | memoryview) -> None:
-        """Send frames; those of one turn of the event loop are one call to the system."""
+        """Send frames; those of one turn of the event loop are one call to the system, and those of one `hold`."""
         self._out.extend(parts)
-        if not self._flush_due:
+        if not self._flush_due and not self._held:
             self._flush_due = True
             self._loop.call_soon(self.flush)
+
+    def hold(self) -> None:
+        """More is put soon, and then `let_go` is called: nothing is sent before."""
+        self._held = True
+
+    def let_go(self) -> None:
+        """Send what was put since `hold`, at once."""
+        self._held = False
+        if self._out:
+            self.flush()
 
     def put_fields(self, number: int, block: bytes, *, end: bool) -> None:
         """Send header fields, in as many frames as they need."""

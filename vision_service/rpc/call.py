@@ -195,20 +195,31 @@ class Call:
             self._end()
             return
         try:
-            self._read_fields(request, fields)
+            left_s = self._read_fields(request, fields)
             self._handler = find(CallDetails(request.path, self._metadata))
             if self._handler is None:
                 raise StatusError(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {request.path[:200]!r} here")
+            at_once = getattr(self._handler, "answer_at_once", None)
+            if at_once is not None:
+                at_once(self)
+                self._finish(self._code or grpc.StatusCode.OK, self._details)
+                self._end()
+                return
+            encoding = fields.get("grpc-encoding", b"identity").decode("latin-1")
+            self._reader = MessageReader(encoding, self._max_bytes, self._arrived)
         except StatusError as error:
             self._stop_with(error.code, str(error))
         except Exception:
             logger.exception("no handler could be found for a call of %s", request.path)
             self._stop_with(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
         else:
+            if left_s is not None:
+                self._timer = self._loop.call_later(left_s, self._expire)
             if self._handler.request_streaming:
                 self._run(self._answer_stream, self._handler.stream_stream or self._handler.stream_unary)
 
-    def _read_fields(self, request: Request, fields: dict[str, bytes]) -> None:
+    def _read_fields(self, request: Request, fields: dict[str, bytes]) -> float | None:
+        """Take metadata and the deadline. Returns seconds until then, if there is one."""
         try:
             self._metadata = read_metadata(request.fields)
             timeout = fields.get("grpc-timeout")
@@ -217,9 +228,7 @@ class Call:
             raise StatusError(grpc.StatusCode.INTERNAL, str(error)) from None
         if left_s is not None:
             self._until_s = self._loop.time() + left_s
-            self._timer = self._loop.call_later(left_s, self._expire)
-        encoding = fields.get("grpc-encoding", b"identity").decode("latin-1")
-        self._reader = MessageReader(encoding, self._max_bytes, self._arrived)
+        return left_s
 
     def received(self, data: memoryview) -> None:
         """See `Exchange`."""

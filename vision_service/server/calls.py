@@ -13,7 +13,7 @@ import grpc
 from vision_service.errors import QueueFull, VisionError
 from vision_service.server.access import AccessLog
 from vision_service.server.metadata import MAX_MESSAGE, PREDICT, REQUEST_ID, method_of, request_id_of, trailing_of
-from vision_service.server.refusals import refusing
+from vision_service.server.refusals import RefusedCall
 from vision_service.types import Task
 
 logger = logging.getLogger("vision_service.access")
@@ -62,8 +62,7 @@ class Calls(grpc.GenericRpcHandler):
         method = handler_call_details.method
         refusal = self._refusal(method)
         if refusal is not None:
-            # As a handler of a stream of requests, which gRPC calls before it has read any. On the wire both are one.
-            return grpc.stream_unary_rpc_method_handler(refusing(refusal, method, self._access))
+            return RefusedCall(refusal, method, self._access)
         known = self._wrapped.get(method)
         if known is not None:
             return known
