@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vision_service.bench.load import HELD_BACK
@@ -145,7 +145,10 @@ def _own_verdicts(models: Iterable[ModelReport]) -> Iterator[Verdict]:
             if overload is not None:
                 at = f"{name}{how}: {model.overload_offered:g} x capacity"
                 if ratio is not None:
-                    yield _at_least(f"{at}: goodput / capacity >= 0.9", ratio, 0.9, _elsewhere(alone))
+                    beside = overload.beside_failed
+                    note = f"capacity with failures: {beside}" if beside else _elsewhere(alone)
+                    found = _at_least(f"{at}: goodput / capacity >= 0.9", ratio, 0.9, note)
+                    yield replace(found, met=found.met and not beside)
                 yield from _overload_verdicts(at, overload, model.queue_bound_ms)
 
 

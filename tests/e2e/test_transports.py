@@ -247,7 +247,10 @@ def test_metadata_before_the_answer(both):
     assert (code, head) == (grpc.StatusCode.OK, [("x-head", "b"), ("head-bin", b"\x01\xfe")])
 
 
-@pytest.mark.parametrize("message", ["plain", "50 % größer", "two\nlines\tand 日本", "", "%41", "x" * 4000])
+@pytest.mark.parametrize(
+    "message",
+    ["plain", "50 % größer", "two\nlines\tand 日本", "", "%41", *("x" * length for length in (126, 127, 128, 4000))],
+)
 def test_the_message_of_a_status(both, message):
     code, details, reply, _, tail = same(both, "Fail", message.encode())
     assert (code, details, reply, tail) == (grpc.StatusCode.INVALID_ARGUMENT, message, None, [("x-why", "because")])

@@ -68,6 +68,38 @@ def test_goodput_is_of_the_capacity_around_it():
     overload = bench_summary.Overload(LoadResult(4.0, generator_cpu_s=4.0, in_time=288), before, after)
     assert overload.goodput() == pytest.approx(72 / 80)
     assert overload.goodput(cores=2) == pytest.approx(144 / 90)
+    nothing = LoadResult(2.0)
+    assert bench_summary.Overload(overload.loop, nothing, nothing).goodput() is None
+    assert bench_summary._goodput([overload, bench_summary.Overload(overload.loop, nothing, nothing)]) == Spread.of(
+        [0.9]
+    )
+    assert bench_summary._goodput([bench_summary.Overload(overload.loop, nothing, nothing)]) is None
+
+
+def test_each_overload_stands_between_the_closed_loops_beside_it():
+    class Numbered:
+        """A server that gets faster."""
+
+        def __init__(self):
+            self.loads = []
+
+        def load(self, plan, **load):
+            self.loads.append(load)
+            return LoadResult(1.0, in_time=len(self.loads))
+
+    target, loops = Numbered(), {0: [], 16: []}
+    plan = Plan([], Setup(None, ()), [], overload=3.0, seconds=8.0, warmup_s=1.0)
+    bench_run._overload(plan, target, loops)
+    found = [(one.before.in_time, one.loop.in_time, one.after.in_time) for kind in loops.values() for one in kind]
+    assert found == [(1, 2, 3), (7, 8, 9), (3, 4, 5), (5, 6, 7)]
+    assert [load["rate"] for load in target.loads if "rate" in load] == [3.0, 9.0, 15.0, 21.0]
+    assert {load["seconds"] for load in target.loads} == {2.0, 4.0}
+    assert {load["warmup_s"] for load in target.loads if "rate" in load} == {2.0}
+
+
+def test_what_failed_beside_an_overload_is_told():
+    loops = [LoadResult(1.0, {"OK": [1.0], "INTERNAL": [0.1] * 2}), LoadResult(1.0, {"INTERNAL": [0.1]})]
+    assert bench_summary._failed(loops) == {"INTERNAL": 3}
 
 
 def test_single_calls_are_compared_turn_by_turn():

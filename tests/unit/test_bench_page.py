@@ -72,6 +72,14 @@ def test_overload(failed, refused_p99_ms, accepted_p99_ms, goodput, expected):
     assert [one.met for one in page._own_verdicts([overloaded]) if "3 x" in one.text] == expected
 
 
+def test_a_capacity_with_failures_is_none():
+    flow = Flow(same(90.0), Percentiles(1, 2, 3), {}, beside_failed={"INTERNAL": 2})
+    overloaded = model(overload=flow, overload_offered=3.0, goodput_over_capacity=same(0.95))
+    (found,) = [one for one in page._own_verdicts([overloaded]) if "goodput" in one.text]
+    assert not found.met
+    assert "INTERNAL" in found.note
+
+
 def test_what_is_streamed_has_verdicts_of_its_own():
     refused = {"RESOURCE_EXHAUSTED": Percentiles(1, 2, 3)}
     calls = Flow(same(80.0), Percentiles(1, 2, 3), {}, failed={"INTERNAL": 1}, failed_latency_ms=refused)

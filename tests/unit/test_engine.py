@@ -847,7 +847,20 @@ def test_a_call_that_no_model_has_room_for_is_told_the_soonest_time(pipeline, ga
     with pytest.raises(QueueFull, match="calls to model slow"):
         made.check_room_of(Task.CLASSIFY, "slow", "")
     made.check_room_of(Task.CLASSIFY, "neither", "")  # which `submit` says
+    assert refusal_waits_for_the_collector(made) is False
     gate.touch()
+
+
+def refusal_waits_for_the_collector(made):
+    gc.disable()
+    try:
+        try:
+            made.check_room(Task.CLASSIFY)
+        except QueueFull as error:
+            refusal = weakref.ref(error)
+        return refusal() is not None
+    finally:
+        gc.enable()
 
 
 def test_without_a_word_about_it_calls_may_take_two_seconds_but_a_slow_model_keeps_some(pipeline, gate):

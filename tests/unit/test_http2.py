@@ -41,6 +41,23 @@ SEEN = []
 LET_GO = threading.Event()
 
 
+class AtOnce(grpc.RpcMethodHandler):
+    """Answers by the header fields; ours alone asks it to, and does not call what gRPC's own server would."""
+
+    request_streaming = True
+    response_streaming = False
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def answer_at_once(self, context):
+        context.set_trailing_metadata((("x-tail", "once"),))
+        context.set_code(8)
+        context.set_details("no room")
+        if self.fails:
+            raise ZeroDivisionError("in between")
+
+
 class Handlers(grpc.GenericRpcHandler):
     def service(self, details):
         async def echo(request, context):
@@ -84,6 +101,8 @@ class Handlers(grpc.GenericRpcHandler):
 
         if details.method.endswith("Broken"):
             raise ZeroDivisionError
+        if "AtOnce" in details.method:
+            return AtOnce(details.method.endswith("Fails"))
         streaming = {"Deaf": deaf, "Reader": reader}.get(details.method.rpartition("/")[2])
         if streaming is not None:
             return grpc.stream_unary_rpc_method_handler(streaming)
@@ -873,6 +892,30 @@ def test_thousands_of_calls_and_resets_leave_nothing_behind(port, monkeypatch):
         assert client.answer(number)[0] == "0"
 
 
+def test_answers_at_once_leave_nothing_behind(served, monkeypatch):
+    server, port, loop = served
+    monkeypatch.setattr(connection_module, "MAX_STREAMS", 4)
+    with Raw(port) as client:
+        for number in range(1, 81, 4):  # with the message on its way, and without one
+            late = ("grpc-timeout", "1H")
+            client.send(f(HEADERS, END_HEADERS, number, block(late, fields=path("AtOnce"))))
+            assert client.answer(number) == ("8", b"", "200")
+            client.send(f(DATA, END_STREAM, number, message(bytes(1000))))
+            client.send(f(HEADERS, END_HEADERS | END_STREAM, number + 2, block(fields=path("AtOnce"))))
+            assert client.answer(number + 2) == ("8", b"", "200")
+        assert on(loop, lambda: len(server._calls)) == 0
+        client.send(call(81))
+        assert client.answer(81)[0] == "0"
+
+
+def test_an_answer_at_once_that_fails(port, caplog):
+    with Raw(port) as client:
+        client.send(call(1, fields=path("AtOnceFails")), call(3))
+        assert client.answer(1)[0] == "2"
+        assert client.answer(3)[0] == "0"
+    assert "the handler of a call failed" in caplog.text
+
+
 IDLE = {
     "PING": f(PING, 0, 0, bytes(8)),
     "SETTINGS": f(SETTINGS, 0, 0),
@@ -920,6 +963,24 @@ def test_whoever_does_not_speak_http2_is_told(port):
     with Raw(port, greet=False) as client:
         client.send(b"\x16\x03\x01\x02\x00\x01\x00")  # a TLS client's first bytes
         assert client.socket.recv(65536) == b""
+
+
+def test_whoever_is_turned_away_may_hang_up_first(served, monkeypatch):
+    _, port, loop = served
+    monkeypatch.setattr(connection_module, "_LINGER_S", 0.05)
+    errors = []
+    on(loop, lambda: loop.set_exception_handler(lambda _, context: errors.append(context)))
+    try:
+        with Raw(port, greet=False) as client:
+            client.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.socket.recv(65536)
+        time.sleep(0.2)
+        with Raw(port) as client:
+            client.send(call(1))
+            assert client.answer(1)[0] == "0"
+    finally:
+        on(loop, lambda: loop.set_exception_handler(None))
+    assert errors == []
 
 
 def test_whoever_says_nothing_is_hung_up_on(port, monkeypatch):

@@ -73,9 +73,8 @@ class Plan:
         batch_sizes: of the network alone; empty: powers of two up to the model's largest, and that.
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
-        overload: of two more open loops, as a multiple of what the closed loop of the same round reached: with callers
-            that go on asking, and with callers that hold back. Each is measured twice a round, for half of the time,
-            and beside a closed loop.
+        overload: of two more open loops, as a multiple of what a closed loop right before reached: with callers that
+            go on asking, and with callers that hold back. Each is measured twice a round, for half of the time.
         seconds: of each measurement in a round; but for the open loop, in four parts that take turns.
         warmup_s: before each measurement and each of its parts, seconds; half of it before single calls, twice as much
             before overload.

@@ -13,7 +13,7 @@ from vision_service.bench.stats import Percentiles, Spread
 from vision_service.errors import InvalidInput
 
 FORMAT = 1
-"""Of the JSON file; a new number when fields change their meaning."""
+"""Of the JSON file; a new number when older files would be misread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Flow:
         generator_share: of all cores' time, what the load generator used.
         failed: calls by their status, and their latency; under ``HELD_BACK`` those that were not made, by callers that
             hold back.
+        beside_per_s: under overload, what closed loops right before and after answered.
+        beside_failed: calls of those loops by their status, other than OK.
     """
 
     images_per_s: Spread
@@ -41,6 +43,8 @@ class Flow:
     generator_share: float = 0.0
     failed: dict[str, int] = field(default_factory=dict)
     failed_latency_ms: dict[str, Percentiles] = field(default_factory=dict)
+    beside_per_s: Spread | None = None
+    beside_failed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,12 @@ class ModelReport:
         single_more_ms: by how much the latter's median is above the former's, as of the same turn.
         offered_per_s: rate of the open loop.
         open: at that rate.
-        overload: in an open loop at a multiple of the closed loop's speed.
+        overload: in open loops at a multiple of what a closed loop right before answered.
         overload_offered: that multiple.
-        held_overload: at the same rate, from ``held_callers`` of the plan, who hold back, each by itself, and never try
+        held_overload: likewise, from ``held_callers`` of the plan, who hold back, each by itself, and never try
             again (`vision_service.client.hold_back`).
-        streamed_overload: as ``overload``, at the same multiple of what is ``streamed``, on one stream.
-        streamed_held_overload: at the same rate, from callers that hold back.
+        streamed_overload: as ``overload``, on one stream.
+        streamed_held_overload: likewise, from callers that hold back.
         queue_bound_ms: how long a call may take that is let in, as the server says; where it bounds no time, what as
             many calls as may be under way take at the closed loop's speed.
         network_best_per_s: the network alone at its best batch size.

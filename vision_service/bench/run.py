@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from statistics import fmean
 from typing import Any
 
 from vision_service.bench import inprocess, served
@@ -111,29 +110,21 @@ def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
     if "open" in plan.measures:
         rounds.open.append(target.load(plan, rate=plan.rate))
     if "overload" in plan.measures:
-        _overload(plan, target, rounds.served, {0: rounds.overload, HELD_CALLERS: rounds.held_overload})
+        _overload(plan, target, {0: rounds.overload, HELD_CALLERS: rounds.held_overload})
     if "overload" in plan.measures and "streamed" in plan.measures:
         loops = {0: rounds.streamed_overload, HELD_CALLERS: rounds.streamed_held_overload}
-        _overload(plan, target, rounds.streamed, loops, streamed=True)
+        _overload(plan, target, loops, streamed=True)
 
 
-def _overload(
-    plan: Plan,
-    target: Target,
-    closed: Sequence[LoadResult],
-    loops: Mapping[int, list[Overload]],
-    *,
-    streamed: bool = False,
-) -> None:
+def _overload(plan: Plan, target: Target, loops: Mapping[int, list[Overload]], *, streamed: bool = False) -> None:
     """Overload from callers that go on asking, and from callers that hold back, each time with closed loops beside it.
 
     A queue is full before it is measured, so an open loop takes seconds, within which a shared machine's speed changes:
     each is compared with what the server reaches right before and right after it, at its own pace.
 
     Args:
-        plan: how many times the speed of the closed loop.
+        plan: how many times the speed of the closed loop before it.
         target: the server.
-        closed: what the closed loop reached, turn by turn, this round's last.
         loops: where results go, by how many callers hold back.
         streamed: see `Target.load`.
     """
@@ -141,14 +132,13 @@ def _overload(
     def closed_loop() -> LoadResult:
         return target.load(plan, streamed=streamed, in_flight=plan.in_flight, seconds=plan.seconds / TURNS)
 
-    rate = plan.overload * fmean(map(images_per_s, closed[-TURNS:]))
     before = closed_loop()
     kinds = list(loops)
     for callers in kinds + kinds[::-1]:  # whatever drifts meanwhile drifts for both
         loop = target.load(
             plan,
             streamed=streamed,
-            rate=rate,
+            rate=plan.overload * max(images_per_s(before), _LEAST_PER_S),
             held_callers=callers,
             warmup_s=2 * plan.warmup_s,
             seconds=plan.seconds / 2,
@@ -156,6 +146,10 @@ def _overload(
         after = closed_loop()
         loops[callers].append(Overload(loop, before, after))
         before = after
+
+
+_LEAST_PER_S = 0.1
+"""What a server is taken to reach that answered nothing in the closed loop: an open loop needs a rate."""
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vision_service.bench.inprocess import Alone, PipelineResult
 from vision_service.bench.load import LoadResult
@@ -32,10 +33,13 @@ class Overload:
     before: LoadResult
     after: LoadResult
 
-    def goodput(self, cores: int = 0) -> float:
-        """Ratio of what was answered to the closed loops' mean; with cores, the generator's time returned in both."""
+    def goodput(self, cores: int = 0) -> float | None:
+        """Ratio of what was answered to the closed loops' mean; with cores, the generator's time returned in both.
+
+        ``None`` where the closed loops had no answer within their time.
+        """
         capacity = (_speed(self.before, cores) + _speed(self.after, cores)) / 2
-        return _speed(self.loop, cores) / capacity
+        return _speed(self.loop, cores) / capacity if capacity else None
 
 
 @dataclass(slots=True)
@@ -96,7 +100,11 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
         return _served_flow(results, target, peak_mb, cores) if results else None
 
     def overload(results: Sequence[Overload]) -> Flow | None:
-        return flow([one.loop for one in results])
+        found = flow([one.loop for one in results])
+        beside = [loop for one in results for loop in (one.before, one.after)]
+        return found and replace(
+            found, beside_per_s=Spread.of([images_per_s(one) for one in beside]), beside_failed=_failed(beside)
+        )
 
     over_network = flow(rounds.served, rounds.served_peak_mb)
     return ModelReport(
@@ -145,7 +153,16 @@ def summary(plan: Plan, rounds: Rounds, identity: dict[str, str], target: Target
 
 
 def _goodput(results: Sequence[Overload], cores: int = 0) -> Spread | None:
-    return Spread.of([one.goodput(cores) for one in results]) if results else None
+    ratios = [ratio for one in results if (ratio := one.goodput(cores)) is not None]
+    return Spread.of(ratios) if ratios else None
+
+
+def _failed(results: Sequence[LoadResult]) -> dict[str, int]:
+    """How many calls ended otherwise than well, by status."""
+    counts: Counter[str] = Counter()
+    for one in results:
+        counts.update({status: len(late) for status, late in one.latencies_s.items() if status != "OK"})
+    return dict(counts)
 
 
 def _single_more_ms(rounds: Rounds) -> Spread | None:

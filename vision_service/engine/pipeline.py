@@ -96,7 +96,10 @@ class Pipeline:
             else:
                 return
         if full is not None:
-            raise full
+            try:
+                raise full
+            finally:
+                del full  # it holds this frame, which would hold it
 
     def check_room_of(self, task: Task, model: str, version: str) -> None:
         """Whether a call that names a model would be let in: asked before its image is copied.

@@ -230,6 +230,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _linger(self, until_s: float) -> None:
         """Close once everything is out, at the latest when time is over."""
+        if self._transport.is_closing():  # the peer was first
+            return
         if self._loop.time() >= until_s:
             self._transport.abort()
         elif self._transport.get_write_buffer_size() or _unacknowledged(self.socket):

@@ -61,18 +61,22 @@ class Sender:
         self.answered = False
 
     def put(self, *parts: bytes | memoryview) -> None:
-        """Send frames; those of one turn of the event loop are one call to the system, and those of one `hold`."""
+        """Send frames, soon: those that are put until the event loop's next turn, or until `let_go`, go together."""
         self._out.extend(parts)
         if not self._flush_due and not self._held:
             self._flush_due = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._flush_in_turn)
+
+    def _flush_in_turn(self) -> None:
+        self._flush_due = False
+        self.flush()
 
     def hold(self) -> None:
-        """More is put soon, and then `let_go` is called: nothing is sent before."""
+        """More is put soon, and then `let_go` is called, which sends it."""
         self._held = True
 
     def let_go(self) -> None:
-        """Send what was put since `hold`, at once."""
+        """Send what was put, at once."""
         self._held = False
         if self._out:
             self.flush()
@@ -175,7 +179,6 @@ class Sender:
 
     def flush(self) -> None:
         """Hand what there is to the socket."""
-        self._flush_due = False
         parts, self._out, self._content = self._out, [], 0
         if not parts or self._ended or self._transport.is_closing():
             return

@@ -201,9 +201,7 @@ class Call:
                 raise StatusError(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {request.path[:200]!r} here")
             at_once = getattr(self._handler, "answer_at_once", None)
             if at_once is not None:
-                at_once(self)
-                self._finish(self._code or grpc.StatusCode.OK, self._details)
-                self._end()
+                self._answer_at_once(at_once)
                 return
             encoding = fields.get("grpc-encoding", b"identity").decode("latin-1")
             self._reader = MessageReader(encoding, self._max_bytes, self._arrived)
@@ -217,6 +215,19 @@ class Call:
                 self._timer = self._loop.call_later(left_s, self._expire)
             if self._handler.request_streaming:
                 self._run(self._answer_stream, self._handler.stream_stream or self._handler.stream_unary)
+
+    def _answer_at_once(self, answer: Callable[[Any], None]) -> None:
+        """Have a status set by something that needs no message, and send it."""
+        try:
+            answer(self)
+            self._finish(self._code or grpc.StatusCode.OK, self._details)
+        except Exception as error:
+            self._failed(error)
+        self._end()
+
+    def _failed(self, error: Exception) -> None:
+        logger.error("the handler of a call failed", exc_info=error)
+        self._finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"[:_MOST_OF_AN_ERROR])
 
     def _read_fields(self, request: Request, fields: dict[str, bytes]) -> float | None:
         """Take metadata and the deadline. Returns seconds until then, if there is one."""
@@ -327,8 +338,7 @@ class Call:
         except StatusError as error:
             self._finish(error.code, str(error))
         except Exception as error:
-            logger.exception("the handler of a call failed")
-            self._finish(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}"[:_MOST_OF_AN_ERROR])
+            self._failed(error)
 
     async def _answer_one(self, method: Callable[[Any, Any], Any]) -> None:
         request = await self._next_message()

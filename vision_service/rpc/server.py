@@ -31,7 +31,9 @@ class RpcServer:
     """A gRPC server without TLS. Used on the event loop that is running when it is made.
 
     It has the methods of `grpc.aio.Server` that an application needs, and takes the same generic handlers. Those have
-    to be coroutine functions, or asynchronous generators where responses are streamed.
+    to be coroutine functions, or asynchronous generators where responses are streamed. A handler may also have a method
+    ``answer_at_once``, which is given the call when its header fields are there and sets a status other than OK, its
+    message and trailing metadata; it does not wait, and nothing else of the handler is called.
 
     Args:
         max_message_bytes: largest message in either direction.

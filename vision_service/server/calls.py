@@ -103,7 +103,7 @@ class Calls(grpc.GenericRpcHandler):
         try:
             self._check_room(task)
         except QueueFull as error:
-            return error
+            return error.with_traceback(None)  # whose frames would hold the call, and be held by it
         return None
 
     def _counted(self, inner: Method, method: str) -> Method:

@@ -1,0 +1,49 @@
+"""Calls that are refused by their headers, on our transport."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from vision_service.errors import QueueFull
+from vision_service.rpc.server import RpcServer
+from vision_service.server.access import AccessLog
+from vision_service.server.calls import Calls
+from vision_service.server.refusals import RefusedCall
+
+METHOD = "/vision.v1.VisionService/Classify"
+
+
+def full(task):
+    raise QueueFull("no room", 0.25)
+
+
+def test_a_refusal_holds_none_of_the_frames_that_it_went_through():
+    class Details:
+        method = METHOD
+
+    refused = Calls(full, AccessLog()).service(Details())
+    assert isinstance(refused, RefusedCall)
+    assert refused._error.__traceback__ is None
+
+
+def test_our_transport_makes_no_task_of_a_refusal(monkeypatch):
+    def no_task(self, requests, context):
+        raise AssertionError("it was called as gRPC's own server calls it")
+
+    monkeypatch.setattr(RefusedCall, "stream_unary", no_task)
+
+    async def main():
+        server = RpcServer(1_000_000)
+        server.add_generic_rpc_handlers((Calls(full, AccessLog()),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(METHOD)(bytes(500_000), timeout=10)
+        await server.stop(0)
+        return caught.value
+
+    error = asyncio.run(main())
+    assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
