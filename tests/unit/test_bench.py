@@ -69,11 +69,10 @@ def test_goodput_is_of_the_capacity_around_it():
     assert overload.goodput() == pytest.approx(72 / 80)
     assert overload.goodput(cores=2) == pytest.approx(144 / 90)
     nothing = LoadResult(2.0)
-    assert bench_summary.Overload(overload.loop, nothing, nothing).goodput() is None
-    assert bench_summary._goodput([overload, bench_summary.Overload(overload.loop, nothing, nothing)]) == Spread.of(
-        [0.9]
-    )
-    assert bench_summary._goodput([bench_summary.Overload(overload.loop, nothing, nothing)]) is None
+    unknown = bench_summary.Overload(overload.loop, nothing, nothing)
+    assert unknown.goodput() is None
+    assert bench_summary._goodput([overload, unknown]) == Spread.of([0.9])
+    assert bench_summary._goodput([unknown]) is None
 
 
 def test_each_overload_stands_between_the_closed_loops_beside_it():

@@ -245,6 +245,6 @@ def _served_flow(results: Sequence[LoadResult], target: Target | None, peak_mb: 
         peak_mb=peak_mb,
         generator_cpu_ms=Spread.of([1000 * one.generator_cpu_s / max(1, one.in_time) for one in results]).median,
         generator_share=Spread.of([one.generator_cpu_s / one.seconds / cores for one in results]).median,
-        failed={status: len(values) for status, values in failed.items()},
+        failed=_failed(results),
         failed_latency_ms={status: late for status, values in failed.items() if (late := Percentiles.of(values))},
     )
