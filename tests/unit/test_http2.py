@@ -5,6 +5,7 @@ conversations are led by h2, all of which know nothing of ours. Sections are of 
 """
 
 import asyncio
+import contextlib
 import gzip
 import socket
 import struct
@@ -195,8 +196,12 @@ def call(stream, body=b"hello", fields=FIELDS):
 class Raw:
     """A client that sends what it is told."""
 
-    def __init__(self, port, greet=True):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+    def __init__(self, port, greet=True, receive_bytes=None):
+        self.socket = socket.socket()
+        if receive_bytes is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.socket.settimeout(20)
+        self.socket.connect(("127.0.0.1", port))
         self.decoder = hpack.Decoder()
         self.bytes = b""
         self.closed = False
@@ -814,9 +819,10 @@ def test_what_is_said_last_is_heard(port):
         assert client.hung_up() == PROTOCOL
 
 
-def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to_read():
-    """It may lie in the system's buffers for longer than the server lingers otherwise, while the client talks."""
-    with running() as (server, port, loop), Raw(port, greet=False) as client:
+@pytest.mark.parametrize("taken_in", [2**16, 2**22], ids=["in the server's system", "in the client's system"])
+def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to_read(taken_in):
+    """Wherever it lies, and for longer than the server lingers otherwise, while the client talks."""
+    with running() as (server, port, loop), Raw(port, greet=False, receive_bytes=taken_in) as client:
         window = f(SETTINGS, 0, 0, setting(4, 2**31 - 1)) + f(WINDOW, 0, 0, u32(2**30))
         client.send(PREFACE, window, call(1, b"2000000", path("Big")))
         client.next(hf.HeadersFrame)
@@ -824,11 +830,26 @@ def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to
         got = 0
         while (found := client.next(hf.DataFrame)) is not None:
             got += len(found.data)
-            client.send(f(PING, 0, 0, bytes(8)))
+            client.send(f(PING, 0, 0, bytes(8)))  # fails where the server has hung up
             time.sleep(0.02)  # 123 times
         assert got == 2_000_005
         client.socket.close()
         stopping.result(20)
+
+
+def test_a_client_that_never_stops_talking_holds_up_the_end_for_so_long_and_no_longer(monkeypatch):
+    monkeypatch.setattr(connection_module, "_LINGER_S", 0.1)
+    monkeypatch.setattr(connection_module, "_MOST_LINGER_S", 0.5)
+    with running() as (server, port, loop), Raw(port) as client:
+        client.send(call(1))
+        assert client.answer(1)[0] == "0"
+        began_s = time.monotonic()
+        stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+        while not stopping.done():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # in the end it is hung up on
+                client.send(f(PING, 0, 0, bytes(8)))
+            time.sleep(0.02)
+        assert 0.5 <= time.monotonic() - began_s < 10  # it talked, so it was not hung up on after 0.1 s
 
 
 def test_streams_that_are_reset_wait_for_no_window(served):

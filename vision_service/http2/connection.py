@@ -100,7 +100,8 @@ class Connection(asyncio.BufferedProtocol):
         self._at_work = 0
         self._greeted = False
         self._ending = False  # no further streams
-        self._hung_up = False  # nothing is sent or heard any more
+        self._hung_up = False  # nothing is sent any more, and what is heard is dropped
+        self._heard = False  # something, since it was last asked whether to close
         self._idle_frames = 0
         self._idle_since_s = 0.0
         self._receive_window = CONNECTION_WINDOW
@@ -132,7 +133,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
-        if not self._hung_up and self._read(nbytes):
+        if self._hung_up:
+            self._heard = True
+        elif self._read(nbytes):
             self._transport.pause_reading()
             self._loop.call_soon(self._read_on)
 
@@ -229,12 +232,13 @@ class Connection(asyncio.BufferedProtocol):
             self._loop.call_later(_LINGER_S, self._linger, self._loop.time() + _MOST_LINGER_S)
 
     def _linger(self, until_s: float) -> None:
-        """Close once everything is out, at the latest when time is over."""
+        """Close once everything is out and the peer has gone quiet, at the latest when time is over."""
         if self._transport.is_closing():  # the peer was first
             return
+        heard, self._heard = self._heard, False
         if self._loop.time() >= until_s:
             self._transport.abort()
-        elif self._transport.get_write_buffer_size() or _unacknowledged(self.socket):
+        elif heard or self._transport.get_write_buffer_size() or _unacknowledged(self.socket):
             self._loop.call_later(_LINGER_S, self._linger, until_s)
         else:
             self._transport.close()
