@@ -669,9 +669,44 @@ def test_a_second_batch_does_not_wait_for_jobs_that_will_not_come_after_all():
         futures = made.two_behind_one()
         made.coming = 0
         made.batcher.reconsider()
-        assert made.begun(2) == [[], [[0], [1, 2]]]
+        assert made.begun(2) == [[], [[0], [1]]]  # of three a third each
         made.let_go()
         assert [future.result(5).value for future in futures] == [0, 2, 4]
+
+
+def test_batches_that_run_at_one_time_leave_as_much_for_the_next_one():
+    """With 9 under way no batch of two executors has more than 3, though 8 are allowed."""
+    with Beside(max_batch_size=8) as made:
+        made.hold()
+        made.coming = 8
+        futures = [made.batcher.submit(0)]
+        assert made.begun(1) == [[], [[0]]]
+        for x in range(1, 9):
+            made.coming -= 1
+            futures.append(made.batcher.submit(x))
+        assert made.begun(2) == [[], [[0], [1, 2, 3]]]
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [2 * x for x in range(9)]
+        sizes = [len(batch) for batches in made.batches() for batch in batches]
+        assert max(sizes) <= 3, sizes
+
+
+def test_with_many_under_way_batches_are_as_large_as_they_may_be():
+    with Beside(max_batch_size=4) as made:
+        made.hold()
+        made.coming = 30
+        futures = [made.batcher.submit(x) for x in range(12)]
+        assert max(map(len, made.begun(2)[1])) == 4
+        made.coming = 0
+        made.let_go()
+        assert [future.result(5).value for future in futures] == [2 * x for x in range(12)]
+
+
+def test_a_batch_that_is_held_back_to_be_full_is_not_cut_to_its_share():
+    with Beside(max_batch_size=3, max_delay_s=30) as made:
+        futures = [made.batcher.submit(x) for x in range(3)]
+        assert [future.result(5).value for future in futures] == [0, 2, 4]
+        assert made.batches() == [[[0, 1, 2]], []]
 
 
 def test_a_second_batch_that_waits_goes_on_when_the_first_one_ends():

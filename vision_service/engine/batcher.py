@@ -2,8 +2,10 @@
 
 Work-conserving: while an executor is idle, what is queued runs at once, even a single job; while all are busy, a batch
 forms. An optional delay counts from the oldest queued job. Jobs only share a batch with jobs of the same key (the
-shape of their pixels). The queue is bounded by jobs and by bytes. Deadlines and cancellation are part of the queue:
-an expired job leaves by timer, a cancelled one at once, and neither reaches the executor.
+shape of their pixels). Of several executors none takes more than its share of the jobs that are under way: with all of
+them in batches, whoever makes the next ones would have nothing to do. The queue is bounded by jobs and by bytes.
+Deadlines and cancellation are part of the queue: an expired job leaves by timer, a cancelled one at once, and neither
+reaches the executor.
 
 What runs a batch, and halves it when that fails, is `runner`. Its second stage, where there is one, has a thread of
 its own when jobs wait, so that the device goes on with the next batch meanwhile.
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 _WORTH_SHARING = 2
-"""So many full batches must be waiting or coming for a batch to leave room for others beside it. With fewer, the room
+"""So many whole batches must be waiting or coming for a batch to leave room for others beside it. With fewer, the room
 would stay empty for part of the time."""
 
 
@@ -302,7 +304,7 @@ class Batcher(Generic[T, R]):
                 now_s = time.monotonic()
                 key, due_s = self._queue.due(now_s, hurry=self._closing)
                 if due_s <= now_s:
-                    batch = self._queue.take(key)
+                    batch = self._queue.take(key, self._share())
                     self._running[number] = len(batch)
                     self._executing += 1
                     if self._queue:
@@ -310,11 +312,22 @@ class Batcher(Generic[T, R]):
                     return batch, self._executor(number)
             self._gate.release(wide=False)
 
+    def _share(self) -> int:
+        """Most jobs of a batch: one part of those under way, of as many parts as executors and one that is being made.
+
+        With a delay, fuller batches are what is asked for, and worth the wait.
+        """
+        most = self.limits.max_batch_size
+        if not self._beside or self.limits.max_delay_s:
+            return most
+        under_way = len(self._queue) + self._coming() + sum(self._running.values())
+        return min(most, max(1, -(-under_way // (len(self._beside) + 1))))
+
     def _executor(self, number: int) -> Execute[T]:
         """What executes the batch that was just taken."""
         if not self._beside:
             return self._execute
-        enough = len(self._queue) + self._coming() >= _WORTH_SHARING * self.limits.max_batch_size
+        enough = len(self._queue) + self._coming() >= _WORTH_SHARING * self._share()
         if self._executing > 1 or enough or not self._gate.widen():
             return self._beside[number]
         return self._execute
@@ -327,10 +340,10 @@ class Batcher(Generic[T, R]):
     def _wait_s(self) -> float:
         """How long until a batch is due; `FOREVER_S` when nothing waits.
 
-        A second batch at one time shall be a full one: small ones cost more an image than they gain. It does not wait
-        for jobs that are not coming, and no longer than for the first one's end.
+        A second batch at one time shall be a whole one, `_share`: small ones cost more an image than they gain. It does
+        not wait for jobs that are not coming, and no longer than for the first one's end.
         """
-        if self._executing and len(self._queue) < self.limits.max_batch_size and self._coming() and not self._closing:
+        if self._executing and len(self._queue) < self._share() and self._coming() and not self._closing:
             return FOREVER_S
         now_s = time.monotonic()
         return self._queue.due(now_s, hurry=self._closing)[1] - now_s

@@ -158,6 +158,6 @@ class JobQueue(Generic[T, R]):
                 best = (due_s, queued_s, key)
         return best[2], best[0]
 
-    def take(self, key: Hashable) -> list[Job[T, R]]:
+    def take(self, key: Hashable, most: int) -> list[Job[T, R]]:
         """Take out a batch: the oldest jobs of a key."""
-        return self.remove(list(islice(self._by_key[key].values(), self.limits.max_batch_size)))
+        return self.remove(list(islice(self._by_key[key].values(), most)))
