@@ -819,37 +819,58 @@ def test_what_is_said_last_is_heard(port):
         assert client.hung_up() == PROTOCOL
 
 
-@pytest.mark.parametrize("taken_in", [2**16, 2**22], ids=["in the server's system", "in the client's system"])
-def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to_read(taken_in):
+@pytest.mark.parametrize(
+    ("taken_in", "size", "pings"),
+    [
+        pytest.param(2**16, 2_000_000, 1, id="in the server's system"),
+        pytest.param(2**18, 100_000, 18, id="in the client's system"),
+    ],
+)
+def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to_read(taken_in, size, pings):
     """Wherever it lies, and for longer than the server lingers otherwise, while the client talks."""
     with running() as (server, port, loop), Raw(port, greet=False, receive_bytes=taken_in) as client:
         window = f(SETTINGS, 0, 0, setting(4, 2**31 - 1)) + f(WINDOW, 0, 0, u32(2**30))
-        client.send(PREFACE, window, call(1, b"2000000", path("Big")))
+        client.send(PREFACE, window, call(1, str(size).encode(), path("Big")))
         client.next(hf.HeadersFrame)
         stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
         got = 0
         while (found := client.next(hf.DataFrame)) is not None:
             got += len(found.data)
-            client.send(f(PING, 0, 0, bytes(8)))  # fails where the server has hung up
-            time.sleep(0.02)  # 123 times
-        assert got == 2_000_005
+            for _ in range(pings):  # 123 or 126 in all
+                client.send(f(PING, 0, 0, bytes(8)))  # fails where the server has hung up
+                time.sleep(0.02)
+        assert got == size + 5
         client.socket.close()
         stopping.result(20)
 
 
+def until_hung_up_on(client, stopping):
+    """Seconds for which a client can go on talking to a server that stops."""
+    began_s = time.monotonic()
+    while not stopping.done():
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # in the end it is hung up on
+            client.send(f(PING, 0, 0, bytes(8)))
+        time.sleep(0.01)
+    return time.monotonic() - began_s
+
+
 def test_a_client_that_never_stops_talking_holds_up_the_end_for_so_long_and_no_longer(monkeypatch):
-    monkeypatch.setattr(connection_module, "_LINGER_S", 0.1)
-    monkeypatch.setattr(connection_module, "_MOST_LINGER_S", 0.5)
+    monkeypatch.setattr(connection_module, "_LINGER_S", 0.5)
+    monkeypatch.setattr(connection_module, "_MOST_LINGER_S", 2.0)
     with running() as (server, port, loop), Raw(port) as client:
         client.send(call(1))
         assert client.answer(1)[0] == "0"
-        began_s = time.monotonic()
         stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
-        while not stopping.done():
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # in the end it is hung up on
-                client.send(f(PING, 0, 0, bytes(8)))
-            time.sleep(0.02)
-        assert 0.5 <= time.monotonic() - began_s < 10  # it talked, so it was not hung up on after 0.1 s
+        assert 1.0 <= until_hung_up_on(client, stopping) < 10  # it talked, so it was not hung up on after 0.5 s
+
+
+def test_nobody_is_patient_with_a_client_that_breaks_the_rules_and_goes_on_talking(monkeypatch):
+    monkeypatch.setattr(connection_module, "_LINGER_S", 0.2)
+    with running() as (server, port, loop), Raw(port) as client:
+        client.send(f(HEADERS, END_HEADERS, 2, block()))  # an even number is not a client's
+        assert client.next(hf.GoAwayFrame).error_code
+        stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+        assert until_hung_up_on(client, stopping) < 10  # of the 20 and 30 that others may have
 
 
 def test_streams_that_are_reset_wait_for_no_window(served):

@@ -315,10 +315,10 @@ class Batcher(Generic[T, R]):
     def _share(self) -> int:
         """Most jobs of a batch: one part of those under way, of as many parts as executors and one that is being made.
 
-        With a delay, fuller batches are what is asked for, and worth the wait.
+        With a delay, fuller batches are what is asked for, and worth the wait; when closing, none is being made.
         """
         most = self.limits.max_batch_size
-        if not self._beside or self.limits.max_delay_s:
+        if not self._beside or self.limits.max_delay_s or self._closing:
             return most
         under_way = len(self._queue) + self._coming() + sum(self._running.values())
         return min(most, max(1, -(-under_way // (len(self._beside) + 1))))

@@ -101,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         self._greeted = False
         self._ending = False  # no further streams
         self._hung_up = False  # nothing is sent any more, and what is heard is dropped
+        self._patient = False  # with a peer that goes on talking then
         self._heard = False  # something, since it was last asked whether to close
         self._idle_frames = 0
         self._idle_since_s = 0.0
@@ -134,7 +135,7 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio."""
         if self._hung_up:
-            self._heard = True
+            self._heard = self._patient
         elif self._read(nbytes):
             self._transport.pause_reading()
             self._loop.call_soon(self._read_on)
@@ -194,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         """A stream is closed and its exchange has ended."""
         self._at_work -= 1
         if self._ending and not self._streams:
-            self._hang_up()
+            self._hang_up(patient=True)
 
     # What the server calls
 
@@ -206,7 +207,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._greeted:  # nothing comes before our settings
             self.sender.put(frames.goaway(self._last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
         if not self._streams:
-            self._hang_up()
+            self._hang_up(patient=True)
 
     @property
     def socket(self) -> Any:
@@ -224,8 +225,9 @@ class Connection(asyncio.BufferedProtocol):
             stream.abort()
         self._hang_up()
 
-    def _hang_up(self) -> None:
+    def _hang_up(self, *, patient: bool = False) -> None:
         if not self._hung_up:
+            self._patient = patient
             self._hung_up = self._reader.stopped = True
             self._transport.resume_reading()  # what still comes is dropped; see `_LINGER_S`
             self.sender.end()
