@@ -864,9 +864,13 @@ def test_a_client_that_never_stops_talking_holds_up_the_end_for_so_long_and_no_l
         assert 1.0 <= until_hung_up_on(client, stopping) < 10  # it talked, so it was not hung up on after 0.5 s
 
 
-def test_nobody_is_patient_with_a_client_that_breaks_the_rules_and_goes_on_talking(monkeypatch):
+@pytest.mark.parametrize("unsent", [False, True], ids=["idle", "with an answer that waits for its window"])
+def test_nobody_is_patient_with_a_client_that_breaks_the_rules_and_goes_on_talking(monkeypatch, unsent):
     monkeypatch.setattr(connection_module, "_LINGER_S", 0.2)
     with running() as (server, port, loop), Raw(port) as client:
+        if unsent:
+            client.send(call(1, b"100000", path("Big")))
+            client.next(hf.DataFrame)
         client.send(f(HEADERS, END_HEADERS, 2, block()))  # an even number is not a client's
         assert client.next(hf.GoAwayFrame).error_code
         stopping = asyncio.run_coroutine_threadsafe(server.stop(20), loop)

@@ -101,7 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         self._greeted = False
         self._ending = False  # no further streams
         self._hung_up = False  # nothing is sent any more, and what is heard is dropped
-        self._patient = False  # with a peer that goes on talking then
+        self._patient = True  # with a peer that goes on talking then
         self._heard = False  # something, since it was last asked whether to close
         self._idle_frames = 0
         self._idle_since_s = 0.0
@@ -195,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         """A stream is closed and its exchange has ended."""
         self._at_work -= 1
         if self._ending and not self._streams:
-            self._hang_up(patient=True)
+            self._hang_up()
 
     # What the server calls
 
@@ -207,7 +207,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._greeted:  # nothing comes before our settings
             self.sender.put(frames.goaway(self._last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
         if not self._streams:
-            self._hang_up(patient=True)
+            self._hang_up()
 
     @property
     def socket(self) -> Any:
@@ -220,14 +220,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Hang up, whatever is under way."""
-        self._ending = True
+        self._ending, self._patient = True, False
         for stream in list(self._streams.values()):
             stream.abort()
         self._hang_up()
 
-    def _hang_up(self, *, patient: bool = False) -> None:
+    def _hang_up(self) -> None:
         if not self._hung_up:
-            self._patient = patient
             self._hung_up = self._reader.stopped = True
             self._transport.resume_reading()  # what still comes is dropped; see `_LINGER_S`
             self.sender.end()
@@ -257,6 +256,7 @@ class Connection(asyncio.BufferedProtocol):
         logger.info("%s does not speak HTTP/2 without TLS: %s", self.peer, error)
         if error.got[:1].isalpha():  # HTTP/1, so a person may see it
             self._transport.write(_NOT_HTTP2)
+        self._patient = False
         self._hang_up()
 
     def _fail(self, code: ErrorCode, message: str) -> None:
