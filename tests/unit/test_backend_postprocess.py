@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import tiny_spec
 from vision_service.backends import _detection
-from vision_service.backends._classification import scores_to_classifications
+from vision_service.backends._classification import logits_to_classifications, scores_to_classifications, softmax
 from vision_service.backends._detection import dense_to_detections
 from vision_service.backends._outputs import check_finite
 from vision_service.backends._segmentation import logits_to_maps
@@ -143,6 +143,27 @@ def test_which_classes_are_kept(params, expected):
     (found,) = scores_to_classifications(scores, [params], tuple("abcde"))
     assert found.class_ids.tolist() == expected
     assert found.class_names == tuple("abcde"[i] for i in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_probabilities_are_torchs(rows, dtype):
+    logits = (torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows)) * 8).to(dtype)
+    found = softmax(logits)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), logits.double().softmax(dim=1), rtol=1e-5, atol=1e-9)
+
+
+def test_probabilities_of_the_largest_logits_are_finite():
+    logits = torch.tensor([[3e38, -3e38, 3e38], [-3e38, -3e38, -3e38]])
+    assert softmax(logits).tolist() == [[0.5, 0.0, 0.5], pytest.approx([1 / 3] * 3)]
+
+
+def test_a_classifier_refuses_what_is_not_finite():
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = -float("inf")
+    with pytest.raises(InferenceFailed, match="image 1 of a batch of 3"):
+        logits_to_classifications(logits, [Params()] * 3, tuple("abcde"))
 
 
 def test_large_finite_outputs_are_not_taken_for_infinite_ones():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vision_service.backends._classification import softmax
 from vision_service.errors import InferenceFailed
 
 Decoded = tuple[Tensor, Tensor]
@@ -109,7 +110,7 @@ def activate(scores: Tensor, activation: str) -> Tensor:
         InferenceFailed: with activation ``none`` they are none.
     """
     if activation == "softmax":
-        return scores.softmax(dim=1)
+        return softmax(scores)
     if activation == "sigmoid":
         return scores.sigmoid()
     check_probabilities(scores)

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vision_service.backends._classification import scores_to_classifications
+from vision_service.backends._classification import logits_to_classifications
 from vision_service.backends._options import read_options
-from vision_service.backends._outputs import check_finite
 from vision_service.backends.base import Backend
 from vision_service.config import Letterbox, ModelSpec, ShortestSideCrop, Stretch
 from vision_service.errors import ConfigError
@@ -53,5 +52,4 @@ class LeNet5Backend(Backend):
     ) -> list[Prediction]:
         """The likeliest classes."""
         (logits,) = outputs
-        check_finite(logits)
-        return list(scores_to_classifications(logits.float().softmax(dim=1), params, self.spec.classes))
+        return list(logits_to_classifications(logits, params, self.spec.classes))

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vision_service.backends._classification import scores_to_classifications
+from vision_service.backends._classification import logits_to_classifications
 from vision_service.backends._options import read_options
-from vision_service.backends._outputs import check_finite
 from vision_service.backends.base import Backend
 from vision_service.config import ModelSpec
 from vision_service.errors import ConfigError, WeightsError, choices
@@ -76,8 +75,7 @@ class TimmClassifier(Backend):
     ) -> list[Prediction]:
         """The likeliest classes; the probabilities are over all classes, whichever the call keeps."""
         (logits,) = outputs
-        check_finite(logits)
-        return list(scores_to_classifications(logits.float().softmax(dim=1), params, self.spec.classes))
+        return list(logits_to_classifications(logits, params, self.spec.classes))
 
     def _by_order(self, network: nn.Module, state: State) -> State:
         """The file's tensors under the network's names, position by position."""

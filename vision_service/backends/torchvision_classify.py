@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torchvision import models
 
-from vision_service.backends._classification import scores_to_classifications
+from vision_service.backends._classification import logits_to_classifications
 from vision_service.backends._options import read_options
-from vision_service.backends._outputs import check_finite
 from vision_service.backends._torchvision_load import load_library_weights
 from vision_service.backends.base import Backend
 from vision_service.config import ModelSpec
@@ -87,5 +86,4 @@ class TorchvisionClassifier(Backend):
     ) -> list[Prediction]:
         """The likeliest classes; the probabilities are over all classes, whichever the call keeps."""
         (logits,) = outputs
-        check_finite(logits)
-        return list(scores_to_classifications(logits.float().softmax(dim=1), params, self.spec.classes))
+        return list(logits_to_classifications(logits, params, self.spec.classes))

@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -158,7 +159,8 @@ class LoadedModel:
         """
         started_s = time.perf_counter()
         outputs = tuple(output[start : start + len(batch)] for output in outcome.outputs)
-        with torch.inference_mode(), torch.cuda.stream(cast(Any, self._beside)):
+        stream = nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
+        with torch.inference_mode(), stream:
             predictions = self.backend.postprocess(
                 outputs, [item.meta for item in batch], [item.params for item in batch]
             )
