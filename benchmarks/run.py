@@ -86,7 +86,14 @@ def _commands(part: str, images: Path, results: Path, precisions: Sequence[str],
                 *(part for model in (MODELS[:1] if short else MODELS) for part in ("--model", model)),
                 *("--manifest", "benchmarks/models.toml", "--runtime", "openvino", "--precision", precision),
                 *("--images", str(images), "--in-flight", "32", "--json", str(results / f"models-{precision}.json")),
-                *("--rounds", "1" if short else "3", "--seconds", "2" if short else "8"),
+                *(
+                    "--rounds",
+                    "1" if short else "3",
+                    "--seconds",
+                    "2" if short else "16",
+                    "--turns",
+                    "2" if short else "8",
+                ),
                 *(("--overload", "3") if precision == fastest else ()),
             ]
     elif part == "peers":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import cv2
@@ -13,12 +14,11 @@ from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.bench import inprocess, load
 from vision_service.bench import run as bench_run
 from vision_service.bench.http2 import GrpcConnection
-from vision_service.bench.load import Load, generate
+from vision_service.bench.load import Generators, Load, generate
 from vision_service.bench.plan import Setup, Variant
 from vision_service.bench.report import Report
 from vision_service.bench.served import Target
 from vision_service.bench.stream import StreamConnection
-from vision_service.bench.summary import TURNS
 from vision_service.cli import app
 from vision_service.client import codec
 from vision_service.config.settings import ServerSettings
@@ -32,12 +32,13 @@ PREDICT = "/vision.v1.VisionService/Predict"
 def manifest(tmp_path_factory):
     few = "batching = {max_batch_size = 2, max_queued_jobs = 2}\noptions = {sleep_s = 0.02}"
     linear = "batching = {max_batch_size = 4}\noptions = {sleep_each_s = 0.06}"
-    return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few, linear=linear)
+    late = "options = {sleep_s = 0.3}"
+    return tiny_manifest(tmp_path_factory.mktemp("models"), tiny="", slow=few, linear=linear, late=late)
 
 
 @pytest.fixture(scope="module")
 def address(manifest):
-    settings = ServerSettings.read(host="127.0.0.1", port=0, manifests=(manifest,), models=("tiny", "slow"))
+    settings = ServerSettings.read(host="127.0.0.1", port=0, manifests=(manifest,), models=("tiny", "slow", "late"))
     with run_server(settings) as server:
         yield f"127.0.0.1:{server.port}"
 
@@ -168,10 +169,10 @@ def test_open_loops(bench, address, monkeypatch):
 
     monkeypatch.setattr(Target, "load", load)
     arguments = ("--address", address, "--model", "slow", "--measure", "served", "--in-flight", 2, "--seconds", 0.5)
-    result, report = bench(*arguments, "--rate", 20, "--overload", 5, "--rounds", 2)
+    result, report = bench(*arguments, "--rate", 20, "--overload", 5, "--rounds", 2, "--turns", 3)
     assert result.exit_code == 0, result.output
     beside = "at its own pace"  # before and after each of the two kinds, which take turns
-    one_round = [beside] * TURNS + ["at a given rate"] + [beside, 0, beside, 2, beside, 2, beside, 0, beside]
+    one_round = [beside] * 3 + ["at a given rate"] + [beside, 0, beside, 2, beside, 2, beside, 0, beside]
     assert order == 2 * one_round
     (model,) = report.models
     assert model.offered_per_s == 20
@@ -184,6 +185,42 @@ def test_open_loops(bench, address, monkeypatch):
     assert model.held_goodput_over_capacity.median > 0
     assert model.streamed_overload is model.streamed_held_overload is None  # it was not asked for
     assert "RESOURCE_EXHAUSTED" in result.stdout
+
+
+def test_every_other_turn_goes_the_other_way_round(bench, address, monkeypatch):
+    order, measure = [], Target.load
+
+    def load(target, plan, **more):
+        order.append(("stream" if more.get("streamed") else "call", more["in_flight"]))
+        return measure(target, plan, **more)
+
+    monkeypatch.setattr(Target, "load", load)
+    result, report = bench("--address", address, "--model", "tiny", "--in-flight", 2, "--rounds", 2, "--turns", 3)
+    assert result.exit_code == 0, result.output
+    turn = [("call", 2), ("stream", 2), ("call", 1)]
+    assert order == 2 * (turn + turn[::-1] + turn)
+    assert report.plan["turns"] == 3
+
+
+def test_the_clock_starts_and_stops_with_an_answer(address, in_process):
+    request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
+    request.model.name = "late"
+    found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=1, warmup_s=0.1, seconds=0.4))
+    assert found.seconds > 0.4
+    assert sum(found.latencies_s["OK"]) == pytest.approx(found.seconds, rel=0.1)  # whole calls, one after the other
+    with in_process("late", 0) as worker:
+        alone = worker("pipeline", 1, 0.1, 0.4)
+    assert alone.seconds > 0.4
+    assert sum(alone.latencies_s) == pytest.approx(alone.seconds, rel=0.1)
+
+
+def test_generators_go_on_with_the_next_load(address):
+    request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
+    one = Load(address, CLASSIFY, [request.SerializeToString()], in_flight=2, warmup_s=0.0, seconds=0.1)
+    with Generators(2) as generators:
+        for _ in range(2):
+            assert generators.run(one).in_time > 0
+        assert len(multiprocessing.active_children()) == 2
 
 
 @pytest.mark.usefixtures("few_callers")

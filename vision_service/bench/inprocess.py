@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -131,6 +131,14 @@ class Bench:
         return torch.from_numpy(np.stack([pixels for pixels, _ in prepared])), sizes_hw
 
 
+Count = Callable[[float, Future[Result[Any]]], None]
+"""Is told of each answer, and how long it took."""
+
+
+def _uncounted(latency_s: float, answer: Future[Result[Any]]) -> None:
+    """Of answers before the clock starts."""
+
+
 _AGAIN_S = 0.05
 """How soon an image is offered again to a pipeline that refused one and has none to answer."""
 
@@ -148,10 +156,12 @@ class _ClosedLoop:
     def run(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
         """Warm up, measure without a pause between, and wait for what is under way."""
         result, pid = self._result, os.getpid()
-        self._until(time.perf_counter() + warmup_s, in_flight, lambda *_: None)
+        self._until(time.perf_counter() + warmup_s, in_flight, _uncounted)
+        self._settle(seconds, in_flight, _uncounted)
         reset_peak(pid)
         started_s, used_s = time.perf_counter(), cpu_s(pid)
         self._until(started_s + seconds, in_flight, self._count)
+        self._settle(seconds, in_flight, self._count)
         result.seconds, result.cpu_s = time.perf_counter() - started_s, cpu_s(pid) - used_s
         result.peak_mb = memory_mb(pid, "VmHWM")
         while self._flying:
@@ -159,17 +169,30 @@ class _ClosedLoop:
             self._flying -= 1
         return result
 
-    def _until(self, end_s: float, in_flight: int, count: Callable[[float, Future[Result[Any]]], None]) -> None:
-        while (now_s := time.perf_counter()) < end_s:
-            while self._flying < in_flight:
-                refusal = self._begin()
-                if refusal is not None:  # the next one comes after the next answer: asking on and on takes a core
-                    count(0.0, refusal)
-                    break
-            with suppress(queue.Empty):
-                started_s, answer = self._done.get(timeout=min(end_s - now_s, _AGAIN_S))
-                self._flying -= 1
-                count(time.perf_counter() - started_s, answer)
+    def _until(self, end_s: float, in_flight: int, count: Count) -> None:
+        while time.perf_counter() < end_s:
+            self._turn(end_s, in_flight, count)
+
+    def _settle(self, most_s: float, in_flight: int, count: Count) -> None:
+        """Wait for an answer, see `load._Loop`."""
+        end_s = time.perf_counter() + most_s
+        while time.perf_counter() < end_s and not self._turn(end_s, in_flight, count):
+            pass
+
+    def _turn(self, end_s: float, in_flight: int, count: Count) -> bool:
+        """Begin what is missing and take in an answer. Returns whether one came until then, or for a moment."""
+        while self._flying < in_flight:
+            refusal = self._begin()
+            if refusal is not None:  # the next one comes after the next answer: asking on and on takes a core
+                count(0.0, refusal)
+                break
+        try:
+            started_s, answer = self._done.get(timeout=max(0.0, min(end_s - time.perf_counter(), _AGAIN_S)))
+        except queue.Empty:
+            return False
+        self._flying -= 1
+        count(time.perf_counter() - started_s, answer)
+        return True
 
     def _begin(self) -> Future[Result[Any]] | None:
         """Send an image. Returns its refusal, if it was not let in."""

@@ -74,8 +74,10 @@ class Plan:
         in_flight: calls under way in the closed loops of the pipeline and the server.
         rate: of the open loop, images a second.
         overload: of two more open loops, as a multiple of what a closed loop right before reached: with callers that
-            go on asking, and with callers that hold back. Each is measured twice a round, for half of the time.
-        seconds: of each measurement in a round; but for the open loop, in four parts that take turns.
+            go on asking, and with callers that hold back. Each is measured twice a round, for a quarter of the time.
+        seconds: of each measurement in a round; but for the open loop, in parts that take turns.
+        turns: how many. Every other one goes the other way round, so that what comes after what does not matter, nor a
+            machine that becomes slower or faster meanwhile.
         warmup_s: before each measurement and each of its parts, seconds; half of it before single calls, twice as much
             before overload.
         rounds: how often everything is measured; figures are medians.
@@ -92,6 +94,7 @@ class Plan:
     rate: float = 0.0
     overload: float = 0.0
     seconds: float = 5.0
+    turns: int = 4
     warmup_s: float = 1.0
     rounds: int = 3
     generators: int = 1

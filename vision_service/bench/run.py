@@ -12,12 +12,12 @@ from typing import Any
 
 from vision_service.bench import inprocess, served
 from vision_service.bench.cpu import cpu_model, memory_mb, reset_peak
-from vision_service.bench.inprocess import Worker
-from vision_service.bench.load import HELD_CALLERS, LoadResult
+from vision_service.bench.inprocess import Alone, Worker
+from vision_service.bench.load import HELD_CALLERS, Generators, LoadResult
 from vision_service.bench.plan import Plan, Variant
 from vision_service.bench.report import ModelReport, Report
 from vision_service.bench.served import Target
-from vision_service.bench.summary import TURNS, Overload, Rounds, images_per_s, summary
+from vision_service.bench.summary import Overload, Rounds, images_per_s, summary
 from vision_service.engine.build import resolve_specs
 from vision_service.engine.threads import usable_cores
 from vision_service.errors import InvalidInput
@@ -66,17 +66,17 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
             # it is not they that are to be compared.
             batch = target.info.max_batch_size if target is not None else 0
             worker = stack.enter_context(inprocess.worker(plan.setup, variant, plan.images, batch))
+        if target is not None:
+            target = replace(target, generators=stack.enter_context(Generators(plan.generators)))
         rounds = Rounds()
         for number in range(plan.rounds):
             say(f"{variant}: round {number + 1} of {plan.rounds}")
             if target is not None and target.pid:
                 reset_peak(target.pid)
-            turn = replace(plan, seconds=plan.seconds / TURNS)
-            for _ in range(TURNS):
-                if worker is not None:
-                    _in_process_turn(turn, worker, rounds)
-                if target is not None:
-                    _served_turn(turn, target, rounds)
+            steps = _steps(replace(plan, seconds=plan.seconds / plan.turns), worker, target, rounds)
+            for turn in range(plan.turns):
+                for step in steps[:: -1 if turn % 2 else 1]:
+                    step()
             if target is not None:
                 if target.pid:  # before the open loops, whose queues are another load
                     rounds.served_peak_mb = max(rounds.served_peak_mb, memory_mb(target.pid, "VmHWM"))
@@ -84,26 +84,34 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
         return summary(plan, rounds, _identity(variant, worker, target), target)
 
 
-def _in_process_turn(plan: Plan, worker: Worker, rounds: Rounds) -> None:
-    if "network" in plan.measures:
-        sizes = plan.batch_sizes or _batch_sizes(worker.about["max_batch_size"])
-        share = plan.seconds / len(sizes)
-        rounds.network.append({size: worker("network", size, share) for size in sizes})
-    if "pipeline" in plan.measures:
-        rounds.stages.append(worker("stages", plan.seconds))
-        rounds.pipeline.append(worker("pipeline", plan.in_flight, plan.warmup_s, plan.seconds))
-    if "single" in plan.measures:
-        rounds.single_pipeline.append(worker("pipeline", 1, plan.warmup_s / 2, plan.seconds / 2))
+def _steps(plan: Plan, worker: Worker | None, target: Target | None, rounds: Rounds) -> list[Callable[[], None]]:
+    """What is measured in a turn. What is compared stands together."""
+    wanted = set(plan.measures)
+    half = {"warmup_s": plan.warmup_s / 2, "seconds": plan.seconds / 2}
+    steps: list[Callable[[], None]] = []
+
+    def add(where: list[Any], measure: Callable[..., Any], *args: Any, **more: Any) -> None:
+        steps.append(lambda: where.append(measure(*args, **more)))
+
+    if worker is not None and "network" in wanted:
+        add(rounds.network, _network, plan, worker)
+    if worker is not None and "pipeline" in wanted:
+        add(rounds.stages, worker, "stages", plan.seconds)
+        add(rounds.pipeline, worker, "pipeline", plan.in_flight, plan.warmup_s, plan.seconds)
+    if target is not None and "served" in wanted:
+        add(rounds.served, target.load, plan, in_flight=plan.in_flight)
+    if target is not None and "streamed" in wanted:
+        add(rounds.streamed, target.load, plan, streamed=True, in_flight=plan.in_flight)
+    if target is not None and "single" in wanted:
+        add(rounds.single_served, target.load, plan, in_flight=1, **half)
+    if worker is not None and "single" in wanted:
+        add(rounds.single_pipeline, worker, "pipeline", 1, *half.values())
+    return steps
 
 
-def _served_turn(plan: Plan, target: Target, rounds: Rounds) -> None:
-    if "served" in plan.measures:
-        rounds.served.append(target.load(plan, in_flight=plan.in_flight))
-    if "streamed" in plan.measures:
-        rounds.streamed.append(target.load(plan, streamed=True, in_flight=plan.in_flight))
-    if "single" in plan.measures:
-        warmup_s, seconds = plan.warmup_s / 2, plan.seconds / 2
-        rounds.single_served.append(target.load(plan, in_flight=1, warmup_s=warmup_s, seconds=seconds))
+def _network(plan: Plan, worker: Worker) -> dict[int, Alone]:
+    sizes = plan.batch_sizes or _batch_sizes(worker.about["max_batch_size"])
+    return {size: worker("network", size, plan.seconds / len(sizes)) for size in sizes}
 
 
 def _open_round(plan: Plan, target: Target, rounds: Rounds) -> None:
@@ -130,7 +138,7 @@ def _overload(plan: Plan, target: Target, loops: Mapping[int, list[Overload]], *
     """
 
     def closed_loop() -> LoadResult:
-        return target.load(plan, streamed=streamed, in_flight=plan.in_flight, seconds=plan.seconds / TURNS)
+        return target.load(plan, streamed=streamed, in_flight=plan.in_flight, seconds=plan.seconds / plan.turns)
 
     before = closed_loop()
     kinds = list(loops)
@@ -141,7 +149,7 @@ def _overload(plan: Plan, target: Target, loops: Mapping[int, list[Overload]], *
             rate=plan.overload * max(images_per_s(before), _LEAST_PER_S),
             held_callers=callers,
             warmup_s=2 * plan.warmup_s,
-            seconds=plan.seconds / 2,
+            seconds=plan.seconds / 4,
         )
         after = closed_loop()
         loops[callers].append(Overload(loop, before, after))
@@ -194,6 +202,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "warmup_s": plan.warmup_s,
         "rounds": plan.rounds,
+        "turns": plan.turns,
         "generators": plan.generators,
         "address": plan.address,
     }

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from vision_service.api.v1 import vision_pb2 as pb
-from vision_service.bench.load import Load, LoadResult, run_load
+from vision_service.bench.load import Generators, Load, LoadResult, run_load
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.stream import StreamConnection
 from vision_service.client import VisionClient, codec
@@ -47,11 +47,13 @@ class Target:
         address: ``host:port``.
         info: what the server says about the model.
         pid: of the server; 0 when it is not ours.
+        generators: what its load comes from; ``None``: from processes that are started for each.
     """
 
     address: str
     info: ModelInfo
     pid: int = 0
+    generators: Generators | None = None
 
     def load(self, plan: Plan, *, streamed: bool = False, **more: Any) -> LoadResult:
         """Send a plan's images.
@@ -69,16 +71,14 @@ class Target:
             more["wire"] = StreamConnection
         else:
             messages = [request.SerializeToString() for request in requests]
-        return run_load(
-            Load(
-                self.address,
-                SERVICE + ("Predict" if streamed else task.capitalize()),
-                messages,
-                server_pid=self.pid,
-                **({"warmup_s": plan.warmup_s, "seconds": plan.seconds} | more),
-            ),
-            plan.generators,
+        load = Load(
+            self.address,
+            SERVICE + ("Predict" if streamed else task.capitalize()),
+            messages,
+            server_pid=self.pid,
+            **({"warmup_s": plan.warmup_s, "seconds": plan.seconds} | more),
         )
+        return run_load(load, plan.generators) if self.generators is None else self.generators.run(load)
 
     def batch_sizes(self, result: LoadResult) -> list[int]:
         """Of the batches that the calls of the kept replies travelled in."""

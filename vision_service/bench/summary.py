@@ -14,10 +14,6 @@ from vision_service.bench.served import Target
 from vision_service.bench.stats import Percentiles, Spread, histogram
 from vision_service.engine.threads import usable_cores
 
-TURNS = 4
-"""Into so many turns a round is cut, but for the open loops, whose queue has to fill first. What is compared is
-measured within seconds: a shared machine's speed changes by a quarter within a minute."""
-
 
 @dataclass(frozen=True, slots=True)
 class Overload:

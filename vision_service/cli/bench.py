@@ -48,6 +48,10 @@ def bench(
         ),
     ] = 0.0,
     seconds: Annotated[float, typer.Option(help="Length of each measurement in a round.", min=0.1)] = 5.0,
+    turns: Annotated[
+        int,
+        typer.Option(help="Parts into which each is cut; they take turns, so that ratios are of neighbours.", min=1),
+    ] = 4,
     warmup: Annotated[float, typer.Option(help="Seconds before each measurement.", min=0)] = 1.0,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are shown.", min=1)] = 3,
     generators: Annotated[int, typer.Option(help="Processes that generate load.", min=1)] = 1,
@@ -84,6 +88,7 @@ def bench(
         rate=rate,
         overload=overload,
         seconds=seconds,
+        turns=turns,
         warmup_s=warmup,
         rounds=rounds,
         generators=generators,
