@@ -198,7 +198,7 @@ def test_every_other_turn_goes_the_other_way_round(bench, address, monkeypatch):
     result, report = bench("--address", address, "--model", "tiny", "--in-flight", 2, "--rounds", 2, "--turns", 3)
     assert result.exit_code == 0, result.output
     turn = [("call", 2), ("stream", 2), ("call", 1)]
-    assert order == 2 * (turn + turn[::-1] + turn)
+    assert order == 3 * (turn + turn[::-1])
     assert report.plan["turns"] == 3
 
 
@@ -206,11 +206,11 @@ def test_the_clock_starts_and_stops_with_an_answer(address, in_process):
     request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
     request.model.name = "late"
     found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=1, warmup_s=0.1, seconds=0.4))
-    assert found.seconds > 0.4
+    assert found.seconds > 0.5
     assert sum(found.latencies_s["OK"]) == pytest.approx(found.seconds, rel=0.1)  # whole calls, one after the other
     with in_process("late", 0) as worker:
         alone = worker("pipeline", 1, 0.1, 0.4)
-    assert alone.seconds > 0.4
+    assert alone.seconds > 0.5
     assert sum(alone.latencies_s) == pytest.approx(alone.seconds, rel=0.1)
 
 
@@ -218,9 +218,11 @@ def test_generators_go_on_with_the_next_load(address):
     request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
     one = Load(address, CLASSIFY, [request.SerializeToString()], in_flight=2, warmup_s=0.0, seconds=0.1)
     with Generators(2) as generators:
+        begun = {child.pid for child in multiprocessing.active_children()}
+        assert len(begun) >= 2
         for _ in range(2):
             assert generators.run(one).in_time > 0
-        assert len(multiprocessing.active_children()) == 2
+        assert {child.pid for child in multiprocessing.active_children()} == begun
 
 
 @pytest.mark.usefixtures("few_callers")
@@ -238,6 +240,7 @@ def test_overload_on_a_stream(bench, address):
 
 def test_calls_that_are_never_answered_are_counted(gated, monkeypatch):
     monkeypatch.setattr(load, "DRAIN_S", 0.2)
+    monkeypatch.setattr(load, "SETTLE_S", 0.1)
     address, open_gate = gated
     request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
     found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=3, warmup_s=0.1, seconds=0.2))

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e.test_server import raw_request
 from tests.helpers import PLUGINS, tiny_manifest
 from tests.unit import test_http2 as http2
+from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 
 
@@ -69,6 +70,26 @@ def test_an_open_health_watch_does_not_hold_up_the_end(serve):
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert process.wait(20) == 0
         assert time.monotonic() - started < 15  # and not the drain timeout of 30 s
+
+
+def test_an_answer_that_is_taken_in_slowly_is_waited_for(serve):
+    process, port, _ = serve("")
+    fields = [*http2.FIELDS[:2], (":path", "/vision.v1.VisionService/Classify"), *http2.FIELDS[3:]]
+    message = raw_request(7).SerializeToString()
+    with http2.Raw(port, greet=False) as client:
+        client.send(http2.PREFACE, http2.f(http2.SETTINGS, 0, 0, http2.setting(4, 5)))
+        client.send(http2.call(1, message, fields))
+        body = client.next(http2.hf.DataFrame).data
+        process.send_signal(signal.SIGTERM)
+        began_s = time.monotonic()
+        while len(body) < 5 or len(body) < 5 + int.from_bytes(body[1:5]):
+            time.sleep(0.1)
+            client.send(http2.f(http2.WINDOW, 0, 1, http2.u32(5)))
+            body += client.next(http2.hf.DataFrame).data
+        assert client.next(http2.hf.HeadersFrame) is not None
+        assert time.monotonic() - began_s > 1.0  # it was waited for longer than others are
+    assert pb.ClassifyResponse.FromString(body[5:]).classes[0].class_name == "red 7"
+    assert process.wait(20) == 0
 
 
 def test_a_signal_while_loading_ends_without_serving(tmp_path):

@@ -87,12 +87,12 @@ def test_each_overload_stands_between_the_closed_loops_beside_it():
             return LoadResult(1.0, in_time=len(self.loads))
 
     target, loops = Numbered(), {0: [], 16: []}
-    plan = Plan([], Setup(None, ()), [], overload=3.0, seconds=8.0, warmup_s=1.0)
+    plan = Plan([], Setup(None, ()), [], overload=3.0, seconds=8.0, turns=8, warmup_s=1.0)
     bench_run._overload(plan, target, loops)
     found = [(one.before.in_time, one.loop.in_time, one.after.in_time) for kind in loops.values() for one in kind]
     assert found == [(1, 2, 3), (7, 8, 9), (3, 4, 5), (5, 6, 7)]
     assert [load["rate"] for load in target.loads if "rate" in load] == [3.0, 9.0, 15.0, 21.0]
-    assert {load["seconds"] for load in target.loads} == {2.0, 4.0}
+    assert {load["seconds"] for load in target.loads} == {1.0, 2.0}
     assert {load["warmup_s"] for load in target.loads if "rate" in load} == {2.0}
 
 
@@ -134,7 +134,8 @@ def test_generators_share_calls_rate_and_images():
     two = LoadResult(2.0, {"OK": [2.0], "INTERNAL": [3.0]}, server_cpu_s=6.0, generator_cpu_s=2.0, in_time=3)
     both = merged([one, two])
     assert both.latencies_s == {"OK": [1.0, 2.0], "INTERNAL": [3.0]}
-    assert (both.seconds, both.server_cpu_s, both.generator_cpu_s, both.in_time) == (2.0, 5.0, 3.0, 4)
+    # 1 and 1.5 images a second are 2.5, so 4 are 1.6 seconds' worth.
+    assert (both.seconds, both.server_cpu_s, both.generator_cpu_s, both.in_time) == pytest.approx((1.6, 5.6, 3.2, 4))
     assert both.ended == 3
 
 

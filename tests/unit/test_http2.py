@@ -23,6 +23,7 @@ from hyperframe import frame as hf
 
 from tests.helpers import until
 from vision_service.http2 import connection as connection_module
+from vision_service.rpc import server as server_module
 from vision_service.rpc.server import RpcServer
 
 DATA, HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = range(10)
@@ -842,6 +843,38 @@ def test_the_last_answer_of_a_server_that_stops_reaches_a_client_that_is_slow_to
         assert got == size + 5
         client.socket.close()
         stopping.result(20)
+
+
+def stop_soon(server, loop):
+    """As an application does that has nothing more to answer: the first grace period was long, the last one is not."""
+    asyncio.run_coroutine_threadsafe(server.stop(20), loop)
+    return asyncio.run_coroutine_threadsafe(server.stop(0.1), loop)
+
+
+def test_a_client_that_goes_on_taking_in_its_answer_has_the_whole_first_grace_period():
+    with running() as (server, port, loop), Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 10)), call(1, b"100", path("Big")))
+        got = len(client.next(hf.DataFrame).data)
+        stopping = stop_soon(server, loop)
+        while got < 105:
+            time.sleep(0.2)  # 2 s in all, of which a server that is in a hurry waits for 0.6
+            client.send(f(WINDOW, 0, 1, u32(10)))
+            got += len(client.next(hf.DataFrame).data)
+        assert client.next(hf.HeadersFrame) is not None
+        stopping.result(20)
+
+
+@pytest.mark.parametrize(("stalled_s", "grace_s"), [(0.3, 20), (20, 1.0)], ids=["stalled", "out of time"])
+def test_a_client_that_takes_nothing_in_is_not_waited_for_and_named(monkeypatch, caplog, stalled_s, grace_s):
+    monkeypatch.setattr(server_module, "_STALLED_S", stalled_s)
+    with running() as (server, port, loop), Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 10)), call(1, b"100", path("Big")))
+        client.next(hf.DataFrame)
+        began_s = time.monotonic()
+        asyncio.run_coroutine_threadsafe(server.stop(grace_s), loop)
+        asyncio.run_coroutine_threadsafe(server.stop(0.1), loop).result(20)
+        assert time.monotonic() - began_s < 10  # of 20
+    assert "had not taken in 95 bytes of its answers when the server stopped" in caplog.text
 
 
 def until_hung_up_on(client, stopping):

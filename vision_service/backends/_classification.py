@@ -33,7 +33,7 @@ def softmax(logits: Tensor) -> Tensor:
     """Probabilities, float32 ``[N, C]``, on the device of the logits, float ``[N, C]``.
 
     Torch has several threads for more than two rows of a thousand classes. Where those have other work, which is under
-    load, waiting for them takes longer than everything else that follows a network.
+    load, waiting for them takes longer than the softmax does in one.
     """
     if logits.device.type != "cpu":
         return logits.float().softmax(dim=1)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
+from vision_service.bench.load import SETTLE_S
 from vision_service.bench.plan import Setup, Variant
 from vision_service.engine.build import build_pipeline, pull_missing, resolve_specs
 from vision_service.engine.garbage import settle_garbage
@@ -157,11 +158,11 @@ class _ClosedLoop:
         """Warm up, measure without a pause between, and wait for what is under way."""
         result, pid = self._result, os.getpid()
         self._until(time.perf_counter() + warmup_s, in_flight, _uncounted)
-        self._settle(seconds, in_flight, _uncounted)
+        self._settle(in_flight, _uncounted)
         reset_peak(pid)
         started_s, used_s = time.perf_counter(), cpu_s(pid)
         self._until(started_s + seconds, in_flight, self._count)
-        self._settle(seconds, in_flight, self._count)
+        self._settle(in_flight, self._count)
         result.seconds, result.cpu_s = time.perf_counter() - started_s, cpu_s(pid) - used_s
         result.peak_mb = memory_mb(pid, "VmHWM")
         while self._flying:
@@ -173,9 +174,9 @@ class _ClosedLoop:
         while time.perf_counter() < end_s:
             self._turn(end_s, in_flight, count)
 
-    def _settle(self, most_s: float, in_flight: int, count: Count) -> None:
+    def _settle(self, in_flight: int, count: Count) -> None:
         """Wait for an answer, see `load._Loop`."""
-        end_s = time.perf_counter() + most_s
+        end_s = time.perf_counter() + SETTLE_S
         while time.perf_counter() < end_s and not self._turn(end_s, in_flight, count):
             pass
 

@@ -24,6 +24,9 @@ KEPT_BYTES = 32 * 1024 * 1024
 DRAIN_S = 30.0
 """How long calls under way may take once no new ones are started."""
 
+SETTLE_S = 5.0
+"""How long a clock may wait for results to start or stop with."""
+
 UNANSWERED = "UNANSWERED"
 """Stands among the statuses for calls that had no answer by then; a server that loses some shall not look well."""
 
@@ -122,7 +125,7 @@ class LoadResult:
 
 
 class Generators:
-    """Processes that generate load, one load after the other. They are started with the first one.
+    """Processes that generate load, one load after the other.
 
     Args:
         count: how many; each has its share of the calls in flight or of the rate.
@@ -146,6 +149,8 @@ class Generators:
         return merged([future.result() for future in futures])
 
     def __enter__(self) -> Generators:
+        for ready in [self._pool.submit(_ready) for _ in range(self._count)]:
+            ready.result()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -158,6 +163,10 @@ def run_load(load: Load, generators: int = 1) -> LoadResult:
         return processes.run(load)
 
 
+def _ready() -> None:
+    """Of a process that has imported this."""
+
+
 def generate(load: Load) -> LoadResult:
     """Generate load in this process. Errors as in `Generators.run`."""
     connection = load.wire(load.address, load.method)
@@ -168,15 +177,20 @@ def generate(load: Load) -> LoadResult:
 
 
 def merged(results: Sequence[LoadResult]) -> LoadResult:
-    """What several generators measured at the same time, as one."""
-    whole = LoadResult(max(result.seconds for result in results))
+    """What several generators measured at the same time, as one.
+
+    Their windows differ a little: what is added are speeds, and uses of the processor.
+    """
+    speed = sum(result.in_time / result.seconds for result in results)
+    in_time = sum(result.in_time for result in results)
+    whole = LoadResult(in_time / speed if speed else max(result.seconds for result in results), in_time=in_time)
     for result in results:
         for status, latencies_s in result.latencies_s.items():
             whole.latencies_s.setdefault(status, []).extend(latencies_s)
-        whole.generator_cpu_s += result.generator_cpu_s
-        whole.in_time += result.in_time
+        scale = whole.seconds / result.seconds
+        whole.generator_cpu_s += scale * result.generator_cpu_s
+        whole.server_cpu_s += scale * result.server_cpu_s / len(results)
         whole.replies += result.replies
-    whole.server_cpu_s = sum(result.server_cpu_s for result in results) / len(results)
     return whole
 
 
@@ -262,12 +276,12 @@ class _Loop(ABC):
             self._turn(end_s)
 
     def _settle(self) -> None:
-        """Generate load until the next results come, and for as long again as is measured at most.
+        """Generate load until the next results come, for `SETTLE_S` at most.
 
         They come by the batch. A clock that starts and stops at any moment counts up to a batch too many or too few,
         which of a slow model is a fifth of what two seconds hold.
         """
-        end_s = time.perf_counter() + self._load.seconds
+        end_s = time.perf_counter() + SETTLE_S
         while time.perf_counter() < end_s and not self._turn(end_s):
             pass
 
@@ -298,7 +312,7 @@ class _Open(_Loop):
 
     def __init__(self, load: Load, connection: Wire) -> None:
         super().__init__(load, connection)
-        self._random = random.Random(os.getpid())  # noqa: S311 - no secret
+        self._random = random.Random()  # noqa: S311 - no secret
         self._next_caller = 0
         self._due_s = time.perf_counter()
 

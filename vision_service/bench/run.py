@@ -74,7 +74,7 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
             if target is not None and target.pid:
                 reset_peak(target.pid)
             steps = _steps(replace(plan, seconds=plan.seconds / plan.turns), worker, target, rounds)
-            for turn in range(plan.turns):
+            for turn in range(number * plan.turns, (number + 1) * plan.turns):
                 for step in steps[:: -1 if turn % 2 else 1]:
                     step()
             if target is not None:
@@ -85,7 +85,7 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
 
 
 def _steps(plan: Plan, worker: Worker | None, target: Target | None, rounds: Rounds) -> list[Callable[[], None]]:
-    """What is measured in a turn. What is compared stands together."""
+    """What is measured in a turn. What the server does stands beside what the pipeline does."""
     wanted = set(plan.measures)
     half = {"warmup_s": plan.warmup_s / 2, "seconds": plan.seconds / 2}
     steps: list[Callable[[], None]] = []

@@ -194,7 +194,8 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> Spread | None:
     """Of two speeds, round by round."""
     if not above or not below:
         return None
-    return Spread.of([one / other for one, other in zip(above, below, strict=True)])
+    ratios = [one / other for one, other in zip(above, below, strict=True) if other]
+    return Spread.of(ratios) if ratios else None
 
 
 def _speed(result: LoadResult, cores: int = 0) -> float:

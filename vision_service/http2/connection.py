@@ -214,6 +214,16 @@ class Connection(asyncio.BufferedProtocol):
         """Its socket, for options."""
         return self._transport.get_extra_info("socket")
 
+    def undelivered(self) -> int:
+        """Bytes that the peer's system has not taken in yet: of answers, and of frames about the connection."""
+        ours = int(self.sender.unsent + self._transport.get_write_buffer_size())
+        return ours if self._transport.is_closing() else ours + _unacknowledged(self.socket)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is something to answer, or an answer on its way."""
+        return bool(self._streams) or self.undelivered() > 0
+
     def abort(self) -> None:
         """Hang up, and forget what was not sent."""
         self._transport.abort()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -17,11 +18,19 @@ from vision_service.http2.reader import READ_BYTES
 from vision_service.http2.stream import Exchange, Stream
 from vision_service.rpc.call import Call, CallDetails
 
+logger = logging.getLogger(__name__)
+
 _BACKLOG = 512
 """Connections that may wait to be taken."""
 
 _LAST_WORDS_S = 0.5
-"""How long clients may take to hear that their calls were not waited for."""
+"""How long clients may take to hear that their calls were not waited for, and to hang up when they have all answers."""
+
+_STALLED_S = 5.0
+"""A client that takes in nothing of its answers for so long is not waited for when the server stops."""
+
+_LOOK_S = 0.1
+"""How often that is looked at."""
 
 _IDLE_S, _PROBE_S, _PROBES = 60, 20, 3
 """After so many quiet seconds TCP asks whether a client is still there, so often and so many times."""
@@ -50,6 +59,7 @@ class RpcServer:
         self._changed = asyncio.Event()  # a connection is gone, or the end of the grace period has moved
         self._stopped: asyncio.Future[None] | None = None
         self._stop_at_s = float("inf")
+        self._answers_by_s = 0.0  # what is answered by the end has until then to be taken in
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
         """Take handlers; of several that know a method the first has it."""
@@ -104,12 +114,14 @@ class RpcServer:
 
         Args:
             grace: for so long, seconds; then they are cancelled. ``None``: at once. When it is called again, the
-                earlier end counts.
+                earlier end counts for calls, and for clients that still take in their answers the first one.
         """
         loop = asyncio.get_running_loop()
-        self._stop_at_s = min(self._stop_at_s, loop.time() + (grace or 0.0))
+        end_s = loop.time() + (grace or 0.0)
+        self._stop_at_s = min(self._stop_at_s, end_s)
         self._changed.set()
         if self._stopped is None:
+            self._answers_by_s = end_s
             self._stopped = asyncio.ensure_future(self._stop())
         await asyncio.shield(self._stopped)
 
@@ -118,26 +130,57 @@ class RpcServer:
             server.close()
         for listener in self._sockets:
             listener.close()
+        in_use = {connection for connection in self._connections if connection.in_use}
         for connection in list(self._connections):
             connection.drain()
         await self._connections_gone()
         for call in list(self._calls):
             call.stop()
-        self._stop_at_s = asyncio.get_running_loop().time() + _LAST_WORDS_S
-        await self._connections_gone()
+        await self._answers_taken_in(in_use)
         for connection in list(self._connections):
+            left = connection.undelivered()
+            if left and connection in in_use:
+                logger.warning(
+                    "%s had not taken in %d bytes of its answers when the server stopped", connection.peer, left
+                )
             connection.abort()
 
     async def _connections_gone(self) -> None:
         """Wait until every client has its answers, at most until the grace period ends."""
         loop = asyncio.get_running_loop()
         while self._connections and (left_s := self._stop_at_s - loop.time()) > 0:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(left_s):
-                    await self._changed.wait()
-            except TimeoutError:
+            await self._change(left_s)
+
+    async def _answers_taken_in(self, in_use: Container[Connection]) -> None:
+        """Wait for clients that go on taking in what they were answered, at most until the first grace period ends.
+
+        Args:
+            in_use: connections with answers; on others nothing is waited for that was only told.
+        """
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        until_s = max(self._answers_by_s, now_s + _LAST_WORDS_S)
+        seen: dict[Connection, tuple[int, float]] = {}  # how much there was to take in, and since when that is so
+        while now_s < until_s:
+            for connection in self._connections:
+                left = connection.undelivered()
+                if connection not in seen or left < seen[connection][0]:
+                    seen[connection] = left, now_s
+            if not any(
+                now_s - since_s < (_STALLED_S if left and each in in_use else _LAST_WORDS_S)
+                for each, (left, since_s) in seen.items()
+                if each in self._connections
+            ):
                 return
+            await self._change(_LOOK_S)
+            now_s = loop.time()
+
+    async def _change(self, most_s: float) -> None:
+        """Wait until a connection is gone or the end has moved."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._changed.wait()
 
     def _connection(self) -> Connection:
         return Connection(self._buffer, self._begin, self._opened, self._closed)
