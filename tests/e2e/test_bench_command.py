@@ -205,11 +205,11 @@ def test_every_other_turn_goes_the_other_way_round(bench, address, monkeypatch):
 def test_the_clock_starts_and_stops_with_an_answer(address, in_process):
     request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
     request.model.name = "late"
-    found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=1, warmup_s=0.1, seconds=0.4))
+    found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=1, warmup_s=0.4, seconds=0.4))
     assert found.seconds > 0.5
     assert sum(found.latencies_s["OK"]) == pytest.approx(found.seconds, rel=0.1)  # whole calls, one after the other
     with in_process("late", 0) as worker:
-        alone = worker("pipeline", 1, 0.1, 0.4)
+        alone = worker("pipeline", 1, 0.4, 0.4)
     assert alone.seconds > 0.5
     assert sum(alone.latencies_s) == pytest.approx(alone.seconds, rel=0.1)
 
@@ -240,7 +240,6 @@ def test_overload_on_a_stream(bench, address):
 
 def test_calls_that_are_never_answered_are_counted(gated, monkeypatch):
     monkeypatch.setattr(load, "DRAIN_S", 0.2)
-    monkeypatch.setattr(load, "SETTLE_S", 0.1)
     address, open_gate = gated
     request = pb.ClassifyRequest(image=pb.Image(encoded=cv2.imencode(".png", red_image(5))[1].tobytes()))
     found = generate(Load(address, CLASSIFY, [request.SerializeToString()], in_flight=3, warmup_s=0.1, seconds=0.2))

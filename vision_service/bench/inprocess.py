@@ -152,6 +152,7 @@ class _ClosedLoop:
         self._done: queue.SimpleQueue[tuple[float, Future[Result[Any]]]] = queue.SimpleQueue()
         self._begun = 0
         self._flying = 0
+        self._has_answers = False
         self._result = PipelineResult()
 
     def run(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
@@ -177,7 +178,7 @@ class _ClosedLoop:
     def _settle(self, in_flight: int, count: Count) -> None:
         """Wait for an answer, see `load._Loop`."""
         end_s = time.perf_counter() + SETTLE_S
-        while time.perf_counter() < end_s and not self._turn(end_s, in_flight, count):
+        while self._has_answers and time.perf_counter() < end_s and not self._turn(end_s, in_flight, count):
             pass
 
     def _turn(self, end_s: float, in_flight: int, count: Count) -> bool:
@@ -192,6 +193,7 @@ class _ClosedLoop:
         except queue.Empty:
             return False
         self._flying -= 1
+        self._has_answers = True
         count(time.perf_counter() - started_s, answer)
         return True
 

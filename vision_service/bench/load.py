@@ -217,6 +217,7 @@ class _Loop(ABC):
         self._result = LoadResult(load.seconds)
         self._kept_bytes = 0
         self._counting = False
+        self._has_results = False
 
     def _begin(self, due_s: float, caller: int = 0) -> None:
         message = self._messages[self._begun % len(self._messages)]
@@ -237,7 +238,9 @@ class _Loop(ABC):
                 if reply.status == OK and len(self._result.replies) < KEPT_REPLIES and self._kept_bytes < KEPT_BYTES:
                     self._kept_bytes += len(reply.body)
                     self._result.replies.append(reply.body)
-        return any(reply.status == OK for reply in replies)
+        results = any(reply.status == OK for reply in replies)
+        self._has_results |= results
+        return results
 
     def _count(self, name: str, latency_s: float) -> None:
         self._result.latencies_s.setdefault(name, []).append(latency_s)
@@ -276,13 +279,13 @@ class _Loop(ABC):
             self._turn(end_s)
 
     def _settle(self) -> None:
-        """Generate load until the next results come, for `SETTLE_S` at most.
+        """Generate load until the next results come, for `SETTLE_S` at most, if any came so far.
 
         They come by the batch. A clock that starts and stops at any moment counts up to a batch too many or too few,
         which of a slow model is a fifth of what two seconds hold.
         """
         end_s = time.perf_counter() + SETTLE_S
-        while time.perf_counter() < end_s and not self._turn(end_s):
+        while self._has_results and time.perf_counter() < end_s and not self._turn(end_s):
             pass
 
     @abstractmethod
