@@ -34,7 +34,8 @@ from photos import read_jpegs
 
 from vision_service.bench import served
 from vision_service.bench.cpu import cpu_model
-from vision_service.bench.load import Load, LoadResult, run_load
+from vision_service.bench.generators import run_load
+from vision_service.bench.load import Load, LoadResult
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.stats import Percentiles
 from vision_service.engine.threads import usable_cores

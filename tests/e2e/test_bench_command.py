@@ -13,8 +13,9 @@ from tests.helpers import PLUGINS, red_image, run_server, tiny_manifest
 from vision_service.api.v1 import vision_pb2 as pb
 from vision_service.bench import inprocess, load
 from vision_service.bench import run as bench_run
+from vision_service.bench.generators import Generators
 from vision_service.bench.http2 import GrpcConnection
-from vision_service.bench.load import Generators, Load, generate
+from vision_service.bench.load import Load, generate
 from vision_service.bench.plan import Setup, Variant
 from vision_service.bench.report import Report
 from vision_service.bench.served import Target

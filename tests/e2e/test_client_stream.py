@@ -432,7 +432,7 @@ def test_what_was_given_up_before_it_could_be_sent_is_never_sent(scripted, conne
     go_on = threading.Event()
     scripted.script = [after(go_on)]
     client = connect(scripted.address)
-    futures = [client.start("classify", LARGE, timeout_s=0.5) for _ in range(4)]
+    futures = [client.start("classify", LARGE, timeout_s=2.0) for _ in range(4)]  # in which the first one is begun
     for future in futures:
         with pytest.raises(DeadlineExceeded):
             future.result(30)

@@ -12,9 +12,10 @@ import pytest
 from vision_service.bench import run as bench_run
 from vision_service.bench import summary as bench_summary
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
+from vision_service.bench.generators import _share, merged
 from vision_service.bench.http2 import INTERNAL, _number_in, _request_headers, status_of
 from vision_service.bench.inprocess import PipelineResult
-from vision_service.bench.load import Load, LoadResult, _share, merged
+from vision_service.bench.load import Load, LoadResult
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.report import Flow, ModelReport, Report
 from vision_service.bench.stats import Percentiles, Spread, histogram
@@ -53,6 +54,11 @@ def test_ratios_are_taken_round_by_round():
     # The machine was half as fast in the second round: both were, so the ratio is the same.
     assert bench_summary._ratio([90, 45], [100, 50]) == Spread(0.9, 0.9, 0.9)
     assert bench_summary._ratio([], [100]) is None
+
+
+def test_a_window_in_which_nothing_came_back_has_no_ratio():
+    assert bench_summary._ratio([1.0, 3.0], [0.0, 2.0]).median == 1.5
+    assert bench_summary._ratio([1.0], [0.0]) is None
 
 
 def test_what_the_generator_used_is_given_back():

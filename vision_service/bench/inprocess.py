@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from vision_service.bench.cpu import cpu_s, memory_mb, reset_peak
-from vision_service.bench.load import SETTLE_S
 from vision_service.bench.plan import Setup, Variant
+from vision_service.bench.window import Windowed
 from vision_service.engine.build import build_pipeline, pull_missing, resolve_specs
 from vision_service.engine.garbage import settle_garbage
 from vision_service.engine.host import ModelHost
@@ -120,7 +120,7 @@ class Bench:
 
     def pipeline(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
         """As many images in flight as are wanted: each answer sends the next image."""
-        return _ClosedLoop(self._pipeline, self._host, self._images).run(in_flight, warmup_s, seconds)
+        return _ClosedLoop(self._pipeline, self._host, self._images, in_flight).run(warmup_s, seconds)
 
     def _batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images as the network takes them; of models whose inputs differ in size, the first image over and over."""
@@ -132,38 +132,31 @@ class Bench:
         return torch.from_numpy(np.stack([pixels for pixels, _ in prepared])), sizes_hw
 
 
-Count = Callable[[float, Future[Result[Any]]], None]
-"""Is told of each answer, and how long it took."""
-
-
-def _uncounted(latency_s: float, answer: Future[Result[Any]]) -> None:
-    """Of answers before the clock starts."""
-
-
 _AGAIN_S = 0.05
 """How soon an image is offered again to a pipeline that refused one and has none to answer."""
 
 
-class _ClosedLoop:
+class _ClosedLoop(Windowed):
     """Counts what the load generator of `vision_service.bench.load` counts: what is answered within the window."""
 
-    def __init__(self, pipeline: Pipeline, host: ModelHost, images: Sequence[bytes]) -> None:
-        self._pipeline, self._host, self._images = pipeline, host, images
+    def __init__(self, pipeline: Pipeline, host: ModelHost, images: Sequence[bytes], in_flight: int) -> None:
+        self._pipeline, self._host, self._images, self._in_flight = pipeline, host, images, in_flight
         self._done: queue.SimpleQueue[tuple[float, Future[Result[Any]]]] = queue.SimpleQueue()
         self._begun = 0
         self._flying = 0
-        self._has_answers = False
+        self._counting = False
         self._result = PipelineResult()
 
-    def run(self, in_flight: int, warmup_s: float, seconds: float) -> PipelineResult:
+    def run(self, warmup_s: float, seconds: float) -> PipelineResult:
         """Warm up, measure without a pause between, and wait for what is under way."""
         result, pid = self._result, os.getpid()
-        self._until(time.perf_counter() + warmup_s, in_flight, _uncounted)
-        self._settle(in_flight, _uncounted)
+        self.until(time.perf_counter() + warmup_s)
+        self.settle()
         reset_peak(pid)
         started_s, used_s = time.perf_counter(), cpu_s(pid)
-        self._until(started_s + seconds, in_flight, self._count)
-        self._settle(in_flight, self._count)
+        self._counting = True
+        self.until(started_s + seconds)
+        self.settle()
         result.seconds, result.cpu_s = time.perf_counter() - started_s, cpu_s(pid) - used_s
         result.peak_mb = memory_mb(pid, "VmHWM")
         while self._flying:
@@ -171,31 +164,19 @@ class _ClosedLoop:
             self._flying -= 1
         return result
 
-    def _until(self, end_s: float, in_flight: int, count: Count) -> None:
-        while time.perf_counter() < end_s:
-            self._turn(end_s, in_flight, count)
-
-    def _settle(self, in_flight: int, count: Count) -> None:
-        """Wait for an answer, see `load._Loop`."""
-        end_s = time.perf_counter() + SETTLE_S
-        while self._has_answers and time.perf_counter() < end_s and not self._turn(end_s, in_flight, count):
-            pass
-
-    def _turn(self, end_s: float, in_flight: int, count: Count) -> bool:
-        """Begin what is missing and take in an answer. Returns whether one came until then, or for a moment."""
-        while self._flying < in_flight:
+    def _turn(self, end_s: float) -> bool:
+        while self._flying < self._in_flight:
             refusal = self._begin()
             if refusal is not None:  # the next one comes after the next answer: asking on and on takes a core
-                count(0.0, refusal)
+                self._count(0.0, refusal)
                 break
         try:
             started_s, answer = self._done.get(timeout=max(0.0, min(end_s - time.perf_counter(), _AGAIN_S)))
         except queue.Empty:
             return False
         self._flying -= 1
-        self._has_answers = True
-        count(time.perf_counter() - started_s, answer)
-        return True
+        self._count(time.perf_counter() - started_s, answer)
+        return answer.exception() is None
 
     def _begin(self) -> Future[Result[Any]] | None:
         """Send an image. Returns its refusal, if it was not let in."""
@@ -214,6 +195,8 @@ class _ClosedLoop:
         return None
 
     def _count(self, latency_s: float, answer: Future[Result[Any]]) -> None:
+        if not self._counting:
+            return
         try:
             result = answer.result()
         except VisionError:

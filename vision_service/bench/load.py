@@ -1,19 +1,17 @@
-"""The load generator: calls to a server, N in flight or at a given rate, from processes of their own."""
+"""The load generator: calls to a server, N in flight or at a given rate."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vision_service.bench.cpu import cpu_s
 from vision_service.bench.http2 import OK, GrpcConnection, Reply
+from vision_service.bench.window import Windowed
 from vision_service.client.failures import Failure
 from vision_service.client.hold_back import HoldBack
 
@@ -23,9 +21,6 @@ KEPT_BYTES = 32 * 1024 * 1024
 
 DRAIN_S = 30.0
 """How long calls under way may take once no new ones are started."""
-
-SETTLE_S = 5.0
-"""How long a clock may wait for results to start or stop with."""
 
 UNANSWERED = "UNANSWERED"
 """Stands among the statuses for calls that had no answer by then; a server that loses some shall not look well."""
@@ -124,51 +119,12 @@ class LoadResult:
         return sum(map(len, self.latencies_s.values()))
 
 
-class Generators:
-    """Processes that generate load, one load after the other.
-
-    Args:
-        count: how many; each has its share of the calls in flight or of the rate.
-    """
-
-    def __init__(self, count: int = 1) -> None:
-        self._count = count
-        self._pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-
-    def run(self, load: Load) -> LoadResult:
-        """Generate load.
-
-        Args:
-            load: for all of them together.
-
-        Raises:
-            ModelUnavailable: nobody answers there, or the connection broke.
-        """
-        shares = [_share(load, index, self._count) for index in range(min(self._count, load.in_flight))]
-        futures: list[Future[LoadResult]] = [self._pool.submit(generate, share) for share in shares]
-        return merged([future.result() for future in futures])
-
-    def __enter__(self) -> Generators:
-        for ready in [self._pool.submit(_ready) for _ in range(self._count)]:
-            ready.result()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown()
-
-
-def run_load(load: Load, generators: int = 1) -> LoadResult:
-    """Generate one load, from so many processes of their own. Errors as in `Generators.run`."""
-    with Generators(generators) as processes:
-        return processes.run(load)
-
-
-def _ready() -> None:
-    """Of a process that has imported this."""
-
-
 def generate(load: Load) -> LoadResult:
-    """Generate load in this process. Errors as in `Generators.run`."""
+    """Generate load in this process.
+
+    Raises:
+        ModelUnavailable: nobody answers there, or the connection broke.
+    """
     connection = load.wire(load.address, load.method)
     try:
         return (_Open if load.rate else _Closed)(load, connection).run()
@@ -176,35 +132,7 @@ def generate(load: Load) -> LoadResult:
         connection.close()
 
 
-def merged(results: Sequence[LoadResult]) -> LoadResult:
-    """What several generators measured at the same time, as one.
-
-    Their windows differ a little: what is added are speeds, and uses of the processor.
-    """
-    speed = sum(result.in_time / result.seconds for result in results)
-    in_time = sum(result.in_time for result in results)
-    whole = LoadResult(in_time / speed if speed else max(result.seconds for result in results), in_time=in_time)
-    for result in results:
-        for status, latencies_s in result.latencies_s.items():
-            whole.latencies_s.setdefault(status, []).extend(latencies_s)
-        scale = whole.seconds / result.seconds
-        whole.generator_cpu_s += scale * result.generator_cpu_s
-        whole.server_cpu_s += scale * result.server_cpu_s / len(results)
-        whole.replies += result.replies
-    return whole
-
-
-def _share(load: Load, index: int, of: int) -> Load:
-    return replace(
-        load,
-        messages=[*load.messages[index:], *load.messages[:index]],
-        in_flight=load.in_flight // of + (index < load.in_flight % of),
-        rate=load.rate / of,
-        held_callers=max(1, load.held_callers // of + (index < load.held_callers % of)) if load.held_callers else 0,
-    )
-
-
-class _Loop(ABC):
+class _Loop(Windowed):
     """What both loops share: calls begun and ended, and the window in which they count."""
 
     def __init__(self, load: Load, connection: Wire) -> None:
@@ -217,7 +145,6 @@ class _Loop(ABC):
         self._result = LoadResult(load.seconds)
         self._kept_bytes = 0
         self._counting = False
-        self._has_results = False
 
     def _begin(self, due_s: float, caller: int = 0) -> None:
         message = self._messages[self._begun % len(self._messages)]
@@ -238,9 +165,7 @@ class _Loop(ABC):
                 if reply.status == OK and len(self._result.replies) < KEPT_REPLIES and self._kept_bytes < KEPT_BYTES:
                     self._kept_bytes += len(reply.body)
                     self._result.replies.append(reply.body)
-        results = any(reply.status == OK for reply in replies)
-        self._has_results |= results
-        return results
+        return any(reply.status == OK for reply in replies)
 
     def _count(self, name: str, latency_s: float) -> None:
         self._result.latencies_s.setdefault(name, []).append(latency_s)
@@ -251,12 +176,12 @@ class _Loop(ABC):
 
     def run(self) -> LoadResult:
         """Warm up, measure, and wait for what is under way."""
-        self._until(time.perf_counter() + self._load.warmup_s)
-        self._settle()
+        self.until(time.perf_counter() + self._load.warmup_s)
+        self.settle()
         before = self._usage_s()
         self._counting = True
-        self._until(before[0] + self._load.seconds)
-        self._settle()
+        self.until(before[0] + self._load.seconds)
+        self.settle()
         after = self._usage_s()
         self._result.in_time = len(self._result.latencies_s.get("OK", ()))
         self._counting = self._counts_stragglers
@@ -272,25 +197,6 @@ class _Loop(ABC):
         return self._result
 
     _counts_stragglers = False
-
-    def _until(self, end_s: float) -> None:
-        """Generate load until then, on `time.perf_counter`'s clock."""
-        while time.perf_counter() < end_s:
-            self._turn(end_s)
-
-    def _settle(self) -> None:
-        """Generate load until the next results come, for `SETTLE_S` at most, if any came so far.
-
-        They come by the batch. A clock that starts and stops at any moment counts up to a batch too many or too few,
-        which of a slow model is a fifth of what two seconds hold.
-        """
-        end_s = time.perf_counter() + SETTLE_S
-        while self._has_results and time.perf_counter() < end_s and not self._turn(end_s):
-            pass
-
-    @abstractmethod
-    def _turn(self, end_s: float) -> bool:
-        """Begin calls that are due and take in replies, until then at most; returns whether results came."""
 
 
 class _Closed(_Loop):

@@ -12,8 +12,9 @@ from typing import Any
 
 from vision_service.bench import inprocess, served
 from vision_service.bench.cpu import cpu_model, memory_mb, reset_peak
+from vision_service.bench.generators import Generators
 from vision_service.bench.inprocess import Alone, Worker
-from vision_service.bench.load import HELD_CALLERS, Generators, LoadResult
+from vision_service.bench.load import HELD_CALLERS, LoadResult
 from vision_service.bench.plan import Plan, Variant
 from vision_service.bench.report import ModelReport, Report
 from vision_service.bench.served import Target
@@ -87,7 +88,7 @@ def _measure_one(plan: Plan, variant: Variant, say: Say) -> ModelReport:
 def _steps(plan: Plan, worker: Worker | None, target: Target | None, rounds: Rounds) -> list[Callable[[], None]]:
     """What is measured in a turn. What the server does stands beside what the pipeline does."""
     wanted = set(plan.measures)
-    half = {"warmup_s": plan.warmup_s / 2, "seconds": plan.seconds / 2}
+    single = replace(plan, warmup_s=plan.warmup_s / 2, seconds=plan.seconds / 2)
     steps: list[Callable[[], None]] = []
 
     def add(where: list[Any], measure: Callable[..., Any], *args: Any, **more: Any) -> None:
@@ -103,9 +104,9 @@ def _steps(plan: Plan, worker: Worker | None, target: Target | None, rounds: Rou
     if target is not None and "streamed" in wanted:
         add(rounds.streamed, target.load, plan, streamed=True, in_flight=plan.in_flight)
     if target is not None and "single" in wanted:
-        add(rounds.single_served, target.load, plan, in_flight=1, **half)
+        add(rounds.single_served, target.load, single, in_flight=1)
     if worker is not None and "single" in wanted:
-        add(rounds.single_pipeline, worker, "pipeline", 1, *half.values())
+        add(rounds.single_pipeline, worker, "pipeline", 1, single.warmup_s, single.seconds)
     return steps
 
 

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from vision_service.api.v1 import vision_pb2 as pb
-from vision_service.bench.load import Generators, Load, LoadResult, run_load
+from vision_service.bench.generators import Generators, run_load
+from vision_service.bench.load import Load, LoadResult
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.stream import StreamConnection
 from vision_service.client import VisionClient, codec
