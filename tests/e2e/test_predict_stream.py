@@ -5,6 +5,7 @@ import logging
 import queue
 import random
 import signal
+import sys
 import time
 from contextlib import contextmanager, suppress
 
@@ -19,7 +20,8 @@ from vision_service.api.v1 import vision_pb2_grpc as pb_grpc
 from vision_service.config.settings import ServerSettings
 from vision_service.engine import call
 from vision_service.engine.queue import Job
-from vision_service.server import codec, streams
+from vision_service.http2 import gather
+from vision_service.server import codec, refusals, streams
 
 pytestmark = pytest.mark.usefixtures("transport")
 
@@ -185,6 +187,25 @@ def test_a_full_queue_refuses_with_a_time_to_come_back_and_counts_floods(gated, 
 
     until(lambda: refused()[1] == 50)
     assert len(refused()[0]) < 50
+    gate.touch()
+    assert {red_of(answer) for answer in stream.answers(3).values()} == {1, 2, 3}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's sockets gather")
+def test_requests_after_refused_ones_are_taken_in_together(gated, transport, monkeypatch):
+    """Where the transport is ours."""
+    monkeypatch.setattr(refusals, "GATHER_S", 1.5)
+    monkeypatch.setattr(refusals, "_SLOW_S", 0.0)
+    monkeypatch.setattr(gather, "OFTEN_S", 60.0)
+    stream, gate, queued = gated
+    for number in (2, 3):
+        stream.send(number, raw_request(number))
+    until(lambda: queued() == 2)
+    started_s = time.monotonic()
+    for number in (10, 11, 12):  # the last one waits
+        stream.send(number, raw_request(4))
+        stream.answers(1)
+    assert (time.monotonic() - started_s > 1.4) == (transport == "asyncio")
     gate.touch()
     assert {red_of(answer) for answer in stream.answers(3).values()} == {1, 2, 3}
 

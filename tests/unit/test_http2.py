@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import socket
 import struct
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from hyperframe import frame as hf
 
 from tests.helpers import until
 from vision_service.http2 import connection as connection_module
+from vision_service.http2 import gather
 from vision_service.rpc import server as server_module
 from vision_service.rpc.server import RpcServer
 
@@ -48,11 +50,14 @@ class AtOnce(grpc.RpcMethodHandler):
 
     request_streaming = True
     response_streaming = False
+    gather_s = 0.0
 
     def __init__(self, fails):
         self.fails = fails
 
     def answer_at_once(self, context):
+        if self.gather_s:
+            context.gather(self.gather_s)
         context.set_trailing_metadata((("x-tail", "once"),))
         context.set_code(8)
         context.set_details("no room")
@@ -985,6 +990,76 @@ def test_answers_at_once_leave_nothing_behind(served, monkeypatch):
         assert on(loop, lambda: len(server._calls)) == 0
         client.send(call(81))
         assert client.answer(81)[0] == "0"
+
+
+def at_once(stream):
+    return f(HEADERS, END_HEADERS | END_STREAM, stream, block(fields=path("AtOnce")))
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """How long connections gather, once they were asked to twice."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux's sockets gather")
+    monkeypatch.setattr(gather, "OFTEN_S", 60.0)
+    return lambda seconds: monkeypatch.setattr(AtOnce, "gather_s", seconds)
+
+
+def ask_twice(client):
+    """Two calls one after the other, each of which asks its connection to gather."""
+    for number in (1, 3):
+        client.send(at_once(number))
+        assert client.answer(number) == ("8", b"", "200")
+
+
+def test_a_connection_that_gathers_answers_together_and_others_at_once(port, gathering):
+    gathering(2.0)
+    with Raw(port) as client, Raw(port) as other:
+        since_s = time.monotonic()
+        ask_twice(client)
+        client.send(call(5), at_once(7))
+        other.send(at_once(1), call(3))
+        assert other.answer(3)[:2] == ("0", b"hello")
+        other_s = time.monotonic() - since_s
+        assert client.answer(7)[0] == "8"
+        assert time.monotonic() - since_s >= 1.9
+        assert other_s < 1.9
+
+
+def test_large_requests_are_taken_in_while_others_are_gathered(port, gathering):
+    """Nobody is held up in sending."""
+    gathering(60.0)
+    with Raw(port) as client:
+        ask_twice(client)
+        client.send(call(5), f(HEADERS, END_HEADERS, 7, block()))
+        for _ in range(3):
+            client.send(f(DATA, 0, 7, bytes(gather.GATHER_BYTES // 2)))
+        assert client.answer(5)[:2] == ("0", b"hello")
+
+
+def test_a_connection_does_not_gather_for_a_call_now_and_then(port, gathering, monkeypatch):
+    gathering(60.0)
+    monkeypatch.setattr(gather, "OFTEN_S", 0.05)
+    with Raw(port) as client:
+        for number in (1, 3, 5):
+            client.send(at_once(number))
+            assert client.answer(number) == ("8", b"", "200")
+            time.sleep(0.1)
+        client.send(call(7))
+        assert client.answer(7)[:2] == ("0", b"hello")
+
+
+def test_a_connection_does_not_gather_while_windows_are_waited_for(port, gathering):
+    gathering(60.0)
+    with Raw(port, greet=False) as client:
+        client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 10)), call(5, b"100", path("Big")))
+        got = len(client.next(hf.DataFrame).data)
+        for number in (7, 9):
+            client.send(at_once(number))
+            client.next(hf.RstStreamFrame, hf.HeadersFrame)
+        while got < 105:
+            client.send(f(WINDOW, 0, 5, u32(10)))
+            got += len(client.next(hf.DataFrame).data)
 
 
 def test_an_answer_at_once_that_fails(port, caplog):

@@ -19,6 +19,7 @@ from urllib.parse import quote
 from vision_service.http2 import frames
 from vision_service.http2.fields import MAX_BLOCK_BYTES, MAX_FIELDS_BYTES, FieldReader, Malformed, Request
 from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
+from vision_service.http2.gather import Gatherer
 from vision_service.http2.reader import MAX_FRAME_BYTES, FrameReader, NotHttp2
 from vision_service.http2.sender import Sender
 from vision_service.http2.stream import RECEIVE_WINDOW, Exchange, Stream
@@ -89,6 +90,7 @@ class Connection(asyncio.BufferedProtocol):
         self._closed = closed
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
+        self._gatherer: Gatherer
         self.sender: Sender
         self.peer = ""
         self._reader = FrameReader(buffer, self._greet, self._take_safely)
@@ -113,6 +115,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
         self._transport = transport
+        self._gatherer = Gatherer(self.socket, self._loop)
         self.sender = Sender(transport, self._loop)
         self.peer = _peer(transport.get_extra_info("peername"))
         self._timer = self._loop.call_later(_PREFACE_S, transport.abort)
@@ -190,6 +193,11 @@ class Connection(asyncio.BufferedProtocol):
     def forget(self, number: int) -> None:
         """A stream is closed."""
         del self._streams[number]
+
+    def gather(self, seconds: float) -> None:
+        """Take in what comes in larger portions for so long; see `Gatherer`."""
+        if not self.sender.unsent:  # its windows are waited for
+            self._gatherer.gather(seconds)
 
     def stream_over(self) -> None:
         """A stream is closed and its exchange has ended."""

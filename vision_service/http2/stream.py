@@ -109,6 +109,10 @@ class Stream:
             self._trailers = block
             self.feed()
 
+    def gather(self, seconds: float) -> None:
+        """See `Connection.gather`, of its connection."""
+        self._connection.gather(seconds)
+
     def reset(self, code: ErrorCode) -> None:
         """End the stream as it is."""
         if not self.closed:

@@ -135,6 +135,14 @@ class Call:
         self._initial = initial_metadata
         self._begin()
 
+    def gather(self, seconds: float) -> None:
+        """Take in what this call's connection brings in larger portions for so long.
+
+        For calls that are refused, of which more are coming: each would wake the event loop. Nothing waits longer than
+        that. It has no effect if it was not asked for a moment ago as well. gRPC's own contexts do not have it.
+        """
+        self._stream.gather(seconds)
+
     async def abort(self, code: grpc.StatusCode | int, details: str = "", trailing_metadata: Metadata = ()) -> None:
         """End the call with a status.
 

@@ -32,6 +32,7 @@ from vision_service.server import codec, replies
 from vision_service.server.access import AccessLog
 from vision_service.server.arrivals import Arrivals
 from vision_service.server.metadata import MAX_MESSAGE, PREDICT, method_of, request_id_of, retry_after_ms
+from vision_service.server.refusals import gather
 from vision_service.types import Result, Task
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ class _Stream:
             )
         except QueueFull as error:
             self._fail(request, error, work_done=False)
+            gather(self._context, error)
             return
         except Exception as error:
             self._fail(request, error)
