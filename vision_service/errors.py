@@ -87,11 +87,13 @@ class QueueFull(ResourceExhausted):
 
     Attributes:
         retry_after_s: when there will probably be room, in seconds from now.
+        backlog_s: how long the model will be busy with what is there already, in seconds; 0 where that is not known.
     """
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float, backlog_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.backlog_s = backlog_s
 
 
 class DeviceOutOfMemory(ResourceExhausted):

@@ -117,6 +117,24 @@ def test_queue_is_bounded_by_jobs_and_says_when_to_come_back(make, executor):
     executor.gate.set()
 
 
+def test_a_full_queue_says_how_long_it_will_take_as_far_as_that_is_known(make, executor):
+    batcher = make(max_batch_size=1, max_queued_jobs=4)
+    occupy(batcher, executor)
+    waiting = [batcher.submit(number) for number in range(4)]
+    with pytest.raises(QueueFull) as caught:
+        batcher.submit(5)
+    assert caught.value.backlog_s == 0, "no batch has ended yet"
+    executor.gate.set()
+    wait(waiting, 5)
+    occupy(batcher, executor)
+    for number in range(4):
+        batcher.submit(number)
+    with pytest.raises(QueueFull) as caught:
+        batcher.submit(5)
+    assert caught.value.backlog_s > 0
+    executor.gate.set()
+
+
 def test_queue_is_bounded_by_bytes_but_always_takes_one(make, executor):
     batcher = make(max_batch_size=1, max_queued_bytes=100)
     occupy(batcher, executor)

@@ -1,6 +1,7 @@
 """What a connection brings is taken in together for a while: on a real socket, which says when it may be read."""
 
 import asyncio
+import platform
 import socket
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from vision_service.http2 import gather
 from vision_service.http2.gather import GATHER_BYTES, Gatherer
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux's sockets gather")
+pytestmark = pytest.mark.skipif(not gather.can_gather(), reason="this system's sockets do not gather")
 
 LONG_S = 60.0
 
@@ -41,79 +42,106 @@ def on_a_connection(monkeypatch):
         ours.setblocking(False)
         transport, heard = await loop.create_connection(Heard, sock=ours)
         try:
-            with theirs:
+            async with asyncio.timeout(20):
                 await steps(Gatherer(transport.get_extra_info("socket"), loop), heard, theirs)
         finally:
+            theirs.close()
             transport.close()
 
     return lambda steps: asyncio.run(main(steps))
 
 
+def start(gatherer, seconds=LONG_S):
+    gatherer.gather(seconds)
+    gatherer.gather(seconds)
+
+
+async def hears(heard, size):
+    """As much has been heard; it is waited for."""
+    while sum(map(len, heard.portions)) < size:
+        await asyncio.sleep(0.01)
+
+
 def test_what_comes_in_one_while_is_heard_together(on_a_connection):
     async def steps(gatherer, heard, theirs):
-        gatherer.gather(LONG_S)
-        gatherer.gather(0.3)
+        start(gatherer)
         for _ in range(5):
             theirs.send(b"piece")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
         assert heard.portions == []
-        while not heard.portions:
-            await asyncio.sleep(0.01)
+        gatherer.stop()
+        await hears(heard, 25)
         assert heard.portions == [5 * b"piece"], "and nobody sent more to have it heard"
         theirs.send(b"after it")
-        while len(heard.portions) < 2:
-            await asyncio.sleep(0.01)
-        assert heard.portions[1] == b"after it"
+        await hears(heard, 33)
 
     on_a_connection(steps)
 
 
-def test_a_portion_is_heard_at_once_and_so_is_the_end(on_a_connection):
+def test_a_while_is_over_by_itself(on_a_connection):
     async def steps(gatherer, heard, theirs):
-        gatherer.gather(LONG_S)
-        gatherer.gather(LONG_S)
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, theirs.sendall, bytes(GATHER_BYTES))
-        while not heard.portions:
-            await asyncio.sleep(0.01)
+        start(gatherer, 0.05)
+        gatherer.gather(LONG_S)  # it is not made longer
+        theirs.send(b"piece")
+        await hears(heard, 5)
         await asyncio.sleep(0.1)
-        rest = GATHER_BYTES - sum(map(len, heard.portions))  # asyncio reads no more in one go here
-        portions = len(heard.portions)
+        start(gatherer)
+        theirs.send(b"another")
+        await asyncio.sleep(0.1)
+        assert len(heard.portions) == 1, "there may be a next one"
+
+    on_a_connection(steps)
+
+
+def test_a_portion_is_heard_at_once(on_a_connection):
+    async def steps(gatherer, heard, theirs):
+        start(gatherer)
+        await asyncio.get_running_loop().run_in_executor(None, theirs.sendall, bytes(GATHER_BYTES))
+        await hears(heard, 1)
+
+    on_a_connection(steps)
+
+
+def test_the_end_is_heard_at_once(on_a_connection):
+    async def steps(gatherer, heard, theirs):
+        start(gatherer)
         theirs.send(b"the last")
-        await asyncio.sleep(0.1)
-        assert len(heard.portions) == portions
+        await asyncio.sleep(0.05)
+        assert heard.portions == []
         theirs.shutdown(socket.SHUT_WR)
         await heard.over.wait()
-        assert b"".join(heard.portions[portions:]) == bytes(rest) + b"the last"
+        assert heard.portions == [b"the last"]
 
     on_a_connection(steps)
 
 
 @pytest.mark.parametrize("asked", [1, 2])
-def test_a_portion_does_not_wait_for_the_first_who_asks(on_a_connection, asked, monkeypatch):
-    """Nor for one who asks long after the one before."""
+def test_whoever_asks_once_or_long_after_gathers_nothing(on_a_connection, asked, monkeypatch):
     monkeypatch.setattr(gather, "OFTEN_S", 0.0)
 
     async def steps(gatherer, heard, theirs):
         for _ in range(asked):
             gatherer.gather(LONG_S)
         theirs.send(b"piece")
-        while not heard.portions:
-            await asyncio.sleep(0.01)
+        await hears(heard, 5)
 
     on_a_connection(steps)
 
 
-def test_a_while_is_not_made_longer_by_those_who_ask_meanwhile(on_a_connection):
-    async def steps(gatherer, heard, theirs):
-        gatherer.gather(0.2)
-        gatherer.gather(0.2)
-        gatherer.gather(LONG_S)
-        theirs.send(b"piece")
-        while not heard.portions:
-            await asyncio.sleep(0.01)
-
-    on_a_connection(steps)
+@pytest.mark.parametrize(
+    ("system", "release", "can"),
+    [
+        ("linux", "4.18.0-553.el8_10.x86_64", True),
+        ("linux", "6.1", True),
+        ("linux", "4.17.19", False),
+        ("linux", "strange", False),
+        ("darwin", "24.0.0", False),
+    ],
+)
+def test_systems_that_would_not_say_that_there_is_something_gather_nothing(monkeypatch, system, release, can):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert gather.can_gather.__wrapped__() == can
 
 
 def test_a_socket_that_was_closed_meanwhile_gathers_nothing(monkeypatch):

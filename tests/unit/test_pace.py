@@ -71,3 +71,4 @@ def test_says_what_is_wrong_and_when_to_come_back(clock):
         "to max_wait_ms, 2000; call again in 1.00 s"
     )
     assert caught.value.retry_after_s == 1.0  # half of them are answered then
+    assert caught.value.backlog_s == 2.0

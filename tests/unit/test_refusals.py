@@ -1,7 +1,6 @@
 """Calls that are refused by their headers, on our transport."""
 
 import asyncio
-import sys
 import time
 
 import grpc
@@ -19,7 +18,7 @@ METHOD = "/vision.v1.VisionService/Classify"
 
 
 def full(task):
-    raise QueueFull("no room", 0.25)
+    raise QueueFull("no room", 0.25, backlog_s=0.5)
 
 
 def test_a_refusal_holds_none_of_the_frames_that_it_went_through():
@@ -53,20 +52,20 @@ def test_our_transport_makes_no_task_of_a_refusal(monkeypatch):
     assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
 
 
-@pytest.mark.parametrize(("retry_after_s", "gathered"), [(0.02, []), (0.05, [0.01]), (2.0, [0.01])])
-def test_calls_after_a_refused_one_are_gathered_unless_the_model_might_run_dry(retry_after_s, gathered):
+@pytest.mark.parametrize(("backlog_s", "gathered"), [(0.0, []), (0.05, []), (0.2, [0.01]), (2.0, [0.01])])
+def test_calls_after_a_refused_one_are_gathered_unless_the_model_might_run_dry(backlog_s, gathered):
     found = []
 
     class Context:
         def gather(self, seconds):
             found.append(seconds)
 
-    gather(Context(), QueueFull("no room", retry_after_s))
-    gather(object(), QueueFull("no room", retry_after_s))  # of gRPC's own server, which cannot
+    gather(Context(), QueueFull("no room", 1.0, backlog_s))
+    gather(object(), QueueFull("no room", 1.0, backlog_s))  # of gRPC's own server, which cannot
     assert found == gathered
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's sockets gather")
+@pytest.mark.skipif(not gathering.can_gather(), reason="this system's sockets do not gather")
 def test_calls_after_refused_ones_are_taken_in_together(monkeypatch):
     monkeypatch.setattr(refusals, "GATHER_S", 1.0)
     monkeypatch.setattr(gathering, "OFTEN_S", 60.0)

@@ -225,7 +225,7 @@ class Batcher(Generic[T, R]):
             ahead = sum(self._running.values()) + (len(self._queue) + coming) / 2
             retry_after_s = max(0.02, self._job_s * ahead)
             message = f"the queue of {self._name} is full: {why}; call again in {retry_after_s:.2f} s"
-            raise QueueFull(message, retry_after_s)
+            raise QueueFull(message, retry_after_s, backlog_s=self._job_s * (len(self._queue) + coming))
 
     def _forget(self, key: Hashable, number: int) -> None:
         with self._lock:

@@ -86,4 +86,5 @@ class Pace:
                 f"{under_way} calls to {name} are under way and one more would be expected to take {expected_s:.2f} s, "
                 f"which is too near to max_wait_ms, {1000 * self.max_wait_s:g}; call again in {retry_after_s:.2f} s",
                 retry_after_s,
+                backlog_s=self._call_s * under_way,
             )

@@ -195,9 +195,13 @@ class Connection(asyncio.BufferedProtocol):
         del self._streams[number]
 
     def gather(self, seconds: float) -> None:
-        """Take in what comes in larger portions for so long; see `Gatherer`."""
-        if not self.sender.unsent:  # its windows are waited for
+        """Take in what comes in larger portions for so long, unless answers wait for a window; see `Gatherer`."""
+        if not self.sender.unsent:
             self._gatherer.gather(seconds)
+
+    def hurry(self) -> None:
+        """An answer waits for a window, which may be on its way."""
+        self._gatherer.stop()
 
     def stream_over(self) -> None:
         """A stream is closed and its exchange has ended."""

@@ -146,6 +146,7 @@ class Stream:
                     sender.wait_for_turn(self)
                 else:
                     sender.wait_for_window(self)
+                self._connection.hurry()
                 return False
             sender.put_data(self.number, data[:size])
             self._granted -= size

@@ -17,8 +17,8 @@ GATHER_S = 0.01
 """What a connection brings whose calls are refused may wait so long to be taken in together, seconds: a fifth of the
 time in which a refusal is to be there."""
 
-_SLOW_S = 0.04
-"""Where there will be room sooner than in so many seconds, nothing waits: a fast model might run dry meanwhile."""
+_BACKLOG_S = 10 * GATHER_S
+"""A model that is not known to be busy for so long might run dry meanwhile, so nothing waits."""
 
 _EXHAUSTED = grpc.StatusCode[QueueFull.status]
 
@@ -31,7 +31,7 @@ def gather(context: Any, error: QueueFull) -> None:
         error: why it was refused.
     """
     of_connection = getattr(context, "gather", None)
-    if of_connection is not None and error.retry_after_s >= _SLOW_S:
+    if of_connection is not None and error.backlog_s >= _BACKLOG_S:
         of_connection(GATHER_S)
 
 
