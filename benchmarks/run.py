@@ -29,6 +29,7 @@ from vision_service.runtimes.table import create_runtime
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION_IMAGES = ROOT.parent / "shared" / "data" / "imagenet100"
+CALIBRATION_IMAGES = ROOT.parent / "shared" / "data" / "voc30"
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 PARTS = ("models", "peers", "soak")
 MODELS = ("mobilenet_v2", "resnet50", "nanodet_g")
@@ -105,7 +106,9 @@ def _commands(part: str, images: Path, results: Path, precisions: Sequence[str],
             return
         for row in ("eager:fp32", *(f"openvino:{precision}" for precision in reversed(precisions))):
             peers += ["--row", row]
-        yield [*peers, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "2"]
+        calibration = CALIBRATION_IMAGES if CALIBRATION_IMAGES.is_dir() else ROOT / "samples"
+        int8 = ["--row", "openvino:int8", "--calibration-folder", str(calibration)]
+        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "2"]
         yield [*peers, "--model", "resnet50", "--seconds", "4", "--rounds", "1"]
     else:
         calls = ["--calls", "1000"] if short else []

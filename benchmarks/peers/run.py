@@ -5,7 +5,7 @@
 
 Every system runs alone, the others are stopped. vision-service is measured first and again last, so that a machine that
 drifts shows, by calls and on a stream in turn. Results of several runs may go into one file: rows that are measured
-again replace the older ones.
+again replace the older ones. The row openvino:int8 is ours alone: its scales are measured on --calibration-folder.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=["mobilenet_v2", "resnet50"])
-    parser.add_argument("--row", action="append", help="eager:fp32, openvino:fp32 or openvino:bf16")
+    parser.add_argument("--row", action="append", help="eager:fp32, openvino:fp32, openvino:bf16 or openvino:int8")
+    parser.add_argument("--calibration-folder", type=Path, help="photos that are not measured, for openvino:int8")
     parser.add_argument("--system", action="append", choices=SYSTEMS)
     parser.add_argument("--images", type=Path, default=ROOT / "samples")
     parser.add_argument("--in-flight", type=int, action="append")
@@ -108,13 +109,15 @@ def _arguments() -> argparse.Namespace:
     arguments.row = arguments.row or ["eager:fp32", "openvino:fp32", "openvino:bf16"]
     arguments.system = arguments.system or list(SYSTEMS)
     arguments.in_flight = arguments.in_flight or [16, 32]
+    if arguments.calibration_folder is not None:
+        os.environ["VISION_SERVICE_CALIBRATION_FOLDER"] = str(arguments.calibration_folder.resolve())
     return arguments
 
 
 def _measure(arguments, model: str, runtime: str, precision: str, images: list[bytes]) -> Iterator[dict]:
     """A result for each system; our own speed is that of the first and the last place in the order."""
     ours: list[dict[str, dict]] = []
-    order = [one for one in arguments.system if one != "vision-service"]
+    order = [one for one in arguments.system if one != "vision-service" and precision != "int8"]
     if "vision-service" in arguments.system:
         order = ["vision-service", *order, "vision-service"]
     for system in order:

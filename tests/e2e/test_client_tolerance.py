@@ -53,6 +53,8 @@ def runtime(request) -> str:
 def address(runtime):
     wanted = {"host": "127.0.0.1", "port": 0, "device": "cpu", "runtime": runtime}
     with run_server(ServerSettings.read(models=tuple(MODELS.values()), **wanted)) as server:
+        for model in MODELS.values():  # batches of one, which a restless machine may choose, would show nothing
+            server.pipeline.catalog.find(model).fix_batch(4)
         yield f"127.0.0.1:{server.port}"
 
 

@@ -175,6 +175,16 @@ def test_eager_peers_are_compared_with_our_fastest_precision():
     assert "ours in bf16" in last.text
 
 
+def test_eager_peers_are_compared_with_int8_by_itself():
+    eager = row("mosec", 20.0, runtime="eager", precision="fp32")
+    ours = [row("vision-service", 90.0, precision="fp32"), row("vision-service", 130.0, precision="int8")]
+    in_fp32, in_int8 = page._peer_verdicts(run_of(eager, *ours))
+    assert "ours in fp32, theirs eager" in in_fp32.text
+    assert "ours in int8, theirs eager" in in_int8.text
+    assert [(one.value, one.met) for one in (in_fp32, in_int8)] == [("4.50", False), ("6.50", True)]
+    assert "| OpenVINO int8 |" in page._peers_table(ours)
+
+
 def test_memory():
     base = {"calls": 20000, "rss_after_warmup_mb": 100.0, "rss_at_end_mb": 103.0}
     assert [one.met for one in page._soak_verdicts({**base, "growth": 0.029})] == [True]

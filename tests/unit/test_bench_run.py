@@ -33,6 +33,7 @@ def test_a_processor_with_bf16_is_measured_in_both_and_under_overload_in_the_fas
     assert "--overload" not in fp32
     assert all("--row eager:fp32 --row openvino:fp32 --row openvino:bf16" in one for one in peers)
     assert all("--output results/peers-bf16.json" in one for one in peers)
+    assert ["--row openvino:int8 --calibration-folder" in one for one in peers] == [True, False]
     assert "--precision bf16" in soak
 
 
