@@ -75,6 +75,8 @@ def main() -> None:
     """Measure what the command line says."""
     arguments = _arguments()
     arguments.images = arguments.images.resolve()
+    if arguments.calibration_folder is not None:  # the server that is started reads it there
+        os.environ["VISION_SERVICE_CALIBRATION_FOLDER"] = str(arguments.calibration_folder.resolve())
     images = read_jpegs(arguments.images)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
     results["machine"] = {
@@ -109,8 +111,8 @@ def _arguments() -> argparse.Namespace:
     arguments.row = arguments.row or ["eager:fp32", "openvino:fp32", "openvino:bf16"]
     arguments.system = arguments.system or list(SYSTEMS)
     arguments.in_flight = arguments.in_flight or [16, 32]
-    if arguments.calibration_folder is not None:
-        os.environ["VISION_SERVICE_CALIBRATION_FOLDER"] = str(arguments.calibration_folder.resolve())
+    if any(row.endswith(":int8") for row in arguments.row) and arguments.calibration_folder is None:
+        parser.error("int8 measures its scales on photos; name some with --calibration-folder")
     return arguments
 
 
