@@ -59,6 +59,17 @@ class Sized(nn.Module):
         return self.score(features.mean((2, 3))), places  # [N, 5], [N, 1, cells]
 
 
+class Pooled(nn.Module):
+    """Layers, and the mean of what they give."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return self.layers(x).mean((2, 3))
+
+
 def sized() -> ServedNetwork:
     torch.manual_seed(0)
     return ServedNetwork(Sized(), LIMIT, with_sizes=True).eval().requires_grad_(False)
@@ -237,6 +248,20 @@ class TestOpenVinoInt8(RuntimeContract):
     def test_without_images_it_says_what_to_set(self):
         with pytest.raises(ConfigError, match=r"int8 needs images .* set calibration_folder"):
             create_runtime("openvino", CPU).compile(sized(), Workload(noise(1)[0]), "int8")
+
+    def test_large_sums_are_not_cut_off(self, kept_in, tmp_path):
+        """On processors that add products of eight bits in sixteen (AVX2) they would be; elsewhere this is easy."""
+        picture = np.full((24, 32, 3), 255, np.uint8)
+        picture[:, :16] = 0
+        cv2.imwrite(str(tmp_path / "white_and_black.png"), picture)
+        layers = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), nn.ReLU(), nn.Conv2d(16, 8, 1, bias=False))
+        for parameters in layers.parameters():  # all as large as their layer's scale can say
+            nn.init.constant_(parameters, 0.1)
+        network = ServedNetwork(Pooled(layers), LIMIT).eval().requires_grad_(False)
+        white = torch.full((1, 24, 32, 3), 255, dtype=torch.uint8), torch.tensor([[24, 32]])
+        with torch.inference_mode():
+            expected = network(*white)
+        self.assert_near(self.compiled(network, kept_in, tmp_path)(*white), expected, tolerance=0.05)
 
     def test_its_convolutions_are_quantized(self, forward, kept_in):
         texts = [file.read_text() for file in kept_in.rglob("*.xml")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import platform
+from pathlib import Path
 from typing import Any
 
 from vision_service.errors import ConfigError
@@ -18,6 +20,29 @@ _WITH_WEIGHTS = {
     "GroupConvolutionBackpropData",
     "MatMul",
 }
+
+_X86 = {"x86_64", "AMD64"}
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+"""Flags of x86 processors that add up products of 8-bit numbers in 32 bits."""
+
+
+def weight_bits(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+    """How many of the eight bits weights may use.
+
+    AVX2 and AVX-512 without VNNI add two products of eight by eight bits in 16, which overflow and are cut off
+    (``vpmaddubsw``). With weights of seven bits no sum of two can: 2 x 255 x 63 < 32768.
+
+    Args:
+        machine: its kind; ``None``: this one's.
+        cpuinfo: where the kernel writes the processor's flags; without it seven are safe.
+    """
+    if (machine or platform.machine()) not in _X86:
+        return 8
+    try:
+        flags = {flag for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for flag in line.split()}
+    except OSError:
+        return 7
+    return 8 if flags & _DOT_PRODUCTS else 7
 
 
 def need_calibration(work: Workload) -> Calibration:
@@ -56,6 +81,10 @@ def quantize(model: Any, work: Workload) -> Any:
             nncf.Dataset(batches),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(batches),
+            # The default is right for the first layer alone. Depthwise layers keep eight bits, they add nothing up.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE if weight_bits() == 7 else nncf.OverflowFix.FIRST_LAYER
+            ),
             ignored_scope=nncf.IgnoredScope(names=_tail(model), validate=False),
         )
     except Exception as error:  # its errors have no base class of their own

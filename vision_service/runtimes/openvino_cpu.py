@@ -92,7 +92,8 @@ class OpenVino(Runtime):
         parts = ["openvino", self.version, identity, str(shape)]
         if precision == "int8":
             nncf = load_library("nncf", "int8")
-            parts += ["int8", nncf.__version__, _int8.need_calibration(work).digest()]
+            # Folders may be shared by machines.
+            parts += ["int8", f"weights {_int8.weight_bits()}", nncf.__version__, _int8.need_calibration(work).digest()]
         entry = self._cache.find(*parts)
         if entry is not None:
             return self._core.read_model(entry / _FILE)
