@@ -108,8 +108,8 @@ def _commands(part: str, images: Path, results: Path, precisions: Sequence[str],
             peers += ["--row", row]
         calibration = CALIBRATION_IMAGES if CALIBRATION_IMAGES.is_dir() else ROOT / "samples"
         int8 = ["--row", "openvino:int8", "--calibration-folder", str(calibration)]
-        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "2"]
-        yield [*peers, "--model", "resnet50", "--seconds", "4", "--rounds", "1"]
+        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "5"]
+        yield [*peers, "--model", "resnet50", "--seconds", "4", "--rounds", "2"]
     else:
         calls = ["--calls", "1000"] if short else []
         soak = [sys.executable, "benchmarks/soak.py", *calls, "--precision", fastest]

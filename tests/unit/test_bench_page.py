@@ -185,6 +185,27 @@ def test_eager_peers_are_compared_with_int8_by_itself():
     assert "| OpenVINO int8 |" in page._peers_table(ours)
 
 
+def test_peers_that_took_turns_are_compared_by_turns():
+    def beside(mosec, **names):
+        ratio = {"median": mosec, "low": mosec - 0.1, "high": mosec + 0.1}
+        return row(**names) | {"ours_over": {"openvino:fp32": {"vision-service": {"32": ratio}}}}
+
+    ours, network = row("vision-service", 200.0, precision="fp32"), {"precision": "fp32"}
+    mosec, ray = beside(1.3, system="mosec", speed=90.0, **network), beside(1.2, system="ray", speed=80.0, **network)
+    (found,) = page._peer_verdicts(run_of(ours, mosec, ray))  # speeds would have said 2.2 and 2.5
+    assert (found.value, found.met) == ("1.200 (1.100 to 1.300)", False)
+    assert "Ray Serve" in found.note
+    (found,) = page._peer_verdicts(run_of(ours, mosec))
+    assert (found.value, found.met) == ("1.300 (1.200 to 1.400)", True)
+    assert "not in turns" not in found.note
+    (found,) = page._peer_verdicts(run_of(ours, row("mosec", 90.0, precision="fp32")))
+    assert (found.value, found.met) == ("2.22", True)
+    assert "not in turns" in found.note
+    assert "| OpenVINO fp32 1.30 |" in page._peers_table([mosec])
+    eager = beside(5.1, system="mosec", speed=20.0, runtime="eager", precision="fp32")
+    assert [one.value for one in page._peer_verdicts(run_of(ours, eager))] == ["5.100 (5.000 to 5.200)"]
+
+
 def test_memory():
     base = {"calls": 20000, "rss_after_warmup_mb": 100.0, "rss_at_end_mb": 103.0}
     assert [one.met for one in page._soak_verdicts({**base, "growth": 0.029})] == [True]
@@ -195,7 +216,7 @@ def test_memory():
 def test_tables_and_chart(tmp_path):
     rows = [row("vision-service", 125.0), row("mosec", 90.0), row("loop", 200.0, model="resnet50")]
     table = page._peers_table(rows)
-    assert "| MobileNetV2 | OpenVINO bf16 | mosec | 32 | 90.0 (90.0 to 90.0) | 1 / 2 | 0.10 |" in table
+    assert "| MobileNetV2 | OpenVINO bf16 | mosec | 32 | 90.0 (90.0 to 90.0) | 1 / 2 | 0.10 |  |" in table
     assert "| ResNet-50 | OpenVINO bf16 | bare loop |  | 200.0" in table
     page.draw(rows, tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()

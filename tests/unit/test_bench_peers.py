@@ -1,0 +1,67 @@
+"""How peers and our server take turns in `benchmarks/peers`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from argparse import Namespace
+from collections import defaultdict
+
+import pytest
+
+from tests.helpers import ROOT
+
+PEERS = ROOT / "benchmarks" / "peers"
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """Its module, under another name than that of benchmarks/run.py."""
+    sys.path.insert(0, str(PEERS))
+    try:
+        spec = importlib.util.spec_from_file_location("peers_run", PEERS / "run.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(PEERS))
+    return module
+
+
+def test_eager_peers_meet_all_of_ours_and_nobody_runs_int8(peers):
+    rows = ["eager:fp32", "openvino:fp32", "openvino:int8"]
+    assert list(peers.meetings(rows)) == [("eager:fp32", rows), ("openvino:fp32", ["openvino:fp32"])]
+    assert list(peers.meetings(["openvino:bf16"])) == [("openvino:bf16", ["openvino:bf16"])]
+
+
+def take_turns(peers, speeds, rounds=2):
+    """Speeds by system, one a round; what was measured, and who was asked when."""
+    asked, left = [], {name: list(reversed(found)) for name, found in speeds.items()}
+
+    def way(name):
+        def load(in_flight):
+            asked.append((name, in_flight))
+            return {"images_per_s": left[name].pop()}
+
+        return load
+
+    found = defaultdict(peers.Measured)
+    ours = {("openvino:fp32", name, 1): way(name) for name in speeds if name != "mosec"}
+    theirs = ("openvino:fp32", "mosec", 1)
+    peers._take_turns(Namespace(rounds=rounds, in_flight=[8], seconds=1.0), found, ours, theirs, way("mosec"))
+    return found[theirs].summary(), asked
+
+
+def test_what_is_compared_was_measured_beside_each_other_in_both_orders(peers):
+    speeds = {"vision-service": [120.0, 30.0, 66.0], "vision-service-stream": [100.0, 20.0, 60.0]}
+    summary, asked = take_turns(peers, {**speeds, "mosec": [100.0, 10.0, 60.0]}, rounds=3)
+    there = [(name, 8) for name in (*speeds, "mosec")]
+    assert asked == there + there[::-1] + there
+    assert summary["ours_over"]["openvino:fp32"]["vision-service"] == {"8": {"median": 1.2, "low": 1.1, "high": 3.0}}
+    assert summary["ours_over"]["openvino:fp32"]["vision-service-stream"]["8"]["median"] == 1.0
+    assert summary["loads"]["8"] == {"images_per_s": 60.0, "lowest": 10.0, "highest": 100.0, "rounds": 3}
+
+
+def test_who_answers_nothing_is_named(peers):
+    with pytest.raises(SystemExit, match=r"mosec, openvino:fp32, answered nothing in 1 s"):
+        take_turns(peers, {"vision-service": [1.0], "mosec": [0.0]})
