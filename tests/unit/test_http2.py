@@ -24,6 +24,7 @@ from hyperframe import frame as hf
 from tests.helpers import until
 from vision_service.http2 import connection as connection_module
 from vision_service.http2 import gather
+from vision_service.http2 import receiver as receiver_module
 from vision_service.rpc import server as server_module
 from vision_service.rpc.server import RpcServer
 
@@ -616,7 +617,7 @@ def test_content_that_nobody_wants_is_granted_to_the_connection(port):
 
 def test_more_content_than_the_connection_was_granted(monkeypatch):
     """6.9.1. What is read in one go may use the window up; so few bytes come in one."""
-    monkeypatch.setattr(connection_module, "CONNECTION_WINDOW", 10)
+    monkeypatch.setattr(receiver_module, "CONNECTION_WINDOW", 10)
     with running() as (_, port, _), Raw(port) as client:
         client.send(f(HEADERS, END_HEADERS, 1, block()), f(DATA, 0, 1, bytes(11)))
         assert client.hung_up() == FLOW
@@ -657,7 +658,7 @@ def test_a_larger_window_by_settings_lets_all_streams_go_on(port):
 
 
 def test_whoever_takes_no_answers_in_begins_no_more_streams(port, monkeypatch):
-    monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1_000_000)
+    monkeypatch.setattr(receiver_module, "MAX_UNSENT_BYTES", 1_000_000)
     with Raw(port, greet=False) as client:
         client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 0)), call(1, b"900000", path("Big")))
         client.next(hf.HeadersFrame)
@@ -754,7 +755,7 @@ def test_a_reset_stops_the_handler(port):
 
 def test_resets_do_not_make_room_for_more_work(port, monkeypatch):
     """CVE-2023-44487, CVE-2025-8671: a stream counts until its handler has ended, however the stream was."""
-    monkeypatch.setattr(connection_module, "MAX_STREAMS", 3)
+    monkeypatch.setattr(receiver_module, "MAX_STREAMS", 3)
     SEEN.clear()
     LET_GO.clear()
     with Raw(port) as client:
@@ -773,7 +774,7 @@ def test_resets_do_not_make_room_for_more_work(port, monkeypatch):
 
 def test_calls_that_end_before_their_handler_begins_leave_nothing_behind(server, port, monkeypatch):
     """Begun and over within one turn of the server's event loop."""
-    monkeypatch.setattr(connection_module, "MAX_STREAMS", 4)
+    monkeypatch.setattr(receiver_module, "MAX_STREAMS", 4)
     SEEN.clear()
     with Raw(port) as client:
         for number in range(1, 41, 2):
@@ -948,7 +949,7 @@ def test_an_answer_that_nobody_takes_in_is_dropped_at_the_deadline(served):
         client.send(PREFACE, f(SETTINGS, 0, 0, setting(4, 0)))
         client.send(call(1, b"1000", [*path("Big"), ("grpc-timeout", "1S")]))
         assert client.answer(1) == ("reset", CANCEL)
-        assert not on(loop, lambda: [each for each in server._connections if each._streams or each.sender.unsent])
+        assert not on(loop, lambda: [one for one in server._connections if one._receiver.streams or one.sender.unsent])
 
 
 def test_metadata_that_cannot_be_sent_and_a_status_by_its_number(port):
@@ -962,7 +963,7 @@ def test_metadata_that_cannot_be_sent_and_a_status_by_its_number(port):
 
 def test_thousands_of_calls_and_resets_leave_nothing_behind(port, monkeypatch):
     """The count of streams at work comes back to none, whichever way they end."""
-    monkeypatch.setattr(connection_module, "MAX_STREAMS", 8)
+    monkeypatch.setattr(receiver_module, "MAX_STREAMS", 8)
     with Raw(port) as client:
         number = 1
         for _ in range(100):
@@ -977,7 +978,7 @@ def test_thousands_of_calls_and_resets_leave_nothing_behind(port, monkeypatch):
 
 def test_answers_at_once_leave_nothing_behind(served, monkeypatch):
     server, port, loop = served
-    monkeypatch.setattr(connection_module, "MAX_STREAMS", 4)
+    monkeypatch.setattr(receiver_module, "MAX_STREAMS", 4)
     with Raw(port) as client:
         for number in range(1, 81, 4):  # with the message on its way, and without one
             late = ("grpc-timeout", "1H")
@@ -1100,7 +1101,7 @@ def test_frames_that_ask_for_nothing_are_not_taken_for_ever(port, name):
 def test_a_client_that_asks_and_does_not_read_is_hung_up_on(port, monkeypatch):
     """CVE-2019-9512 and the like: what it would be answered is not kept without bound."""
     monkeypatch.setattr("vision_service.http2.sender._MOST_UNREAD", 200_000)
-    monkeypatch.setattr(connection_module, "_MOST_IDLE_FRAMES", 10**9)
+    monkeypatch.setattr(receiver_module, "_MOST_IDLE_FRAMES", 10**9)
     with Raw(port) as client:
         pings = f(PING, 0, 0, bytes(8)) * 1000
         with pytest.raises(ConnectionError):
