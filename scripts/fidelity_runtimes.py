@@ -122,7 +122,7 @@ AGAINST = """\
   (bf16, fp16) and 1.5 points (int8), in either direction. int8 is calibrated with photos that are not compared:
   MobileNetV2 with those of voc30, NanoDet-g with those of imagenet100. On a processor without 8-bit dot products
   (AVX2 alone; [runtimes.md](runtimes.md#int8)) int8 had the same class in 96 of 100 photos, which is one too few, and
-  -0.69 points of mAP; bf16 was not run there.
+  -0.69 points of mAP. bf16 in OpenVINO cannot be run there.
 """
 
 SECTION = Section(
