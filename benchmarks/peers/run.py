@@ -4,8 +4,8 @@
     python benchmarks/peers/run.py --model mobilenet_v2 --row openvino:bf16 --images FOLDER --output results.json
 
 Our server, by calls and on a stream, and one other system take turns of some seconds, every other round the other way
-round, while whatever else is started waits for requests: what is compared is what was measured beside each other, so
-that a machine whose speed changes by the minute does not decide. Peers that run eager torch meet our server in every
+round, while the other one stands still: what is compared is what was measured beside each other, so that a machine
+whose speed changes by the minute does not decide. Peers that run eager torch meet our server in every
 row that is asked for, those that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its
 scales are measured on --calibration-folder. Results of several runs may go into one file: rows that are measured again
 replace the older ones.
@@ -131,8 +131,8 @@ def _measure(arguments: argparse.Namespace, model: str, images: list[bytes]) -> 
                 for workers in _workers(system, tune=arguments.tune):
                     print(f"{model} {row}: {system}, {workers} workers", file=sys.stderr, flush=True)
                     theirs = (row, system, workers)
-                    with systems.other(jobs[row], system, workers) as way:
-                        _take_turns(arguments, found, ours, theirs, way)
+                    with systems.other(jobs[row], system, workers) as other:
+                        _take_turns(arguments, found, ours, theirs, other)
                     rows = [_row(model, what, measured) for what, measured in found.items()]
                     print(f"  {json.dumps(found[theirs].summary())}", file=sys.stderr, flush=True)
                     yield rows
@@ -149,15 +149,16 @@ def _take_turns(
     found: Mapping[tuple[str, str, int], Measured],
     ours: Mapping[tuple[str, str, int], systems.Way],
     theirs: tuple[str, str, int],
-    way: systems.Way,
+    other: systems.Other,
 ) -> None:
     """Rounds of another system and of ours beside it."""
     for number in range(arguments.rounds):
         for in_flight in arguments.in_flight:
-            turns = [*ours.items(), (theirs, way)]
+            turns = [*ours.items(), (theirs, other.load)]
             speeds = {}
             for what, load in reversed(turns) if number % 2 else turns:
-                figures = load(in_flight)
+                with contextlib.nullcontext() if what == theirs else other.still():  # our server is still by itself
+                    figures = load(in_flight)
                 if not figures["images_per_s"]:
                     raise SystemExit(
                         f"{what[1]}, {what[0]}, answered nothing in {arguments.seconds:g} s: give --seconds"

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,19 @@ START_S = 180
 
 Way = Callable[[int], dict]
 """Loads a system with so many calls in flight for one round; what it measured."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another system, which runs.
+
+    Attributes:
+        load: see `Way`.
+        still: a context in which its processes stand still.
+    """
+
+    load: Way
+    still: Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ def ours(job: Job) -> Iterator[dict[str, Way]]:
 
 
 @contextlib.contextmanager
-def other(job: Job, system: str, workers: int) -> Iterator[Way]:
+def other(job: Job, system: str, workers: int) -> Iterator[Other]:
     """A peer's server, or the loop.
 
     Args:
@@ -116,12 +129,12 @@ def other(job: Job, system: str, workers: int) -> Iterator[Way]:
     """
     with _process(job, system, workers) as (process, port):
         if system == LOOP:
-            yield lambda _: _loop_round(process, job)
+            yield Other(lambda _: _loop_round(process, job), lambda: _still(process))
             return
         address, path = f"127.0.0.1:{port}", PEERS[system].path
         _check(job, system, _wait(process, address, path, job.images[0]))
         load = Load(address, path, job.images, seconds=job.seconds, wire=HttpConnection)
-        yield lambda in_flight: _figures(run_load(replace(load, in_flight=in_flight)))
+        yield Other(lambda in_flight: _figures(run_load(replace(load, in_flight=in_flight))), lambda: _still(process))
 
 
 def _figures(result: LoadResult) -> dict:
@@ -187,6 +200,31 @@ def _process(job: Job, system: str, workers: int) -> Iterator[tuple[subprocess.P
             raise
         finally:
             _stop(process)
+
+
+@contextlib.contextmanager
+def _still(process: subprocess.Popen) -> Iterator[None]:
+    """Let a session of processes wait: LitServe and Ray use 8 to 10 % of two cores while nobody calls them."""
+    members = list(_session(process.pid))
+    _signal(members, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        _signal(members, signal.SIGCONT)
+
+
+def _session(leader: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            # proc_pid_stat(5): the name in brackets, which may have any character, then state, parent, group, session.
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
+                yield int(folder.name)
+
+
+def _signal(members: Iterable[int], number: signal.Signals) -> None:
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 from argparse import Namespace
 from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -37,10 +42,18 @@ def test_eager_peers_meet_all_of_ours_and_nobody_runs_int8(peers):
 def take_turns(peers, speeds, rounds=2):
     """Speeds by system, one a round; what was measured, and who was asked when."""
     asked, left = [], {name: list(reversed(found)) for name, found in speeds.items()}
+    stopped = []
+
+    @contextmanager
+    def still():
+        stopped.append(True)
+        yield
+        stopped.pop()
 
     def way(name):
         def load(in_flight):
             asked.append((name, in_flight))
+            assert bool(stopped) == (name != "mosec"), "the other one stands still"
             return {"images_per_s": left[name].pop()}
 
         return load
@@ -48,7 +61,8 @@ def take_turns(peers, speeds, rounds=2):
     found = defaultdict(peers.Measured)
     ours = {("openvino:fp32", name, 1): way(name) for name in speeds if name != "mosec"}
     theirs = ("openvino:fp32", "mosec", 1)
-    peers._take_turns(Namespace(rounds=rounds, in_flight=[8], seconds=1.0), found, ours, theirs, way("mosec"))
+    other = peers.systems.Other(way("mosec"), still)
+    peers._take_turns(Namespace(rounds=rounds, in_flight=[8], seconds=1.0), found, ours, theirs, other)
     return found[theirs].summary(), asked
 
 
@@ -65,3 +79,23 @@ def test_what_is_compared_was_measured_beside_each_other_in_both_orders(peers):
 def test_who_answers_nothing_is_named(peers):
     with pytest.raises(SystemExit, match=r"mosec, openvino:fp32, answered nothing in 1 s"):
         take_turns(peers, {"vision-service": [1.0], "mosec": [0.0]})
+
+
+def test_a_session_of_processes_stands_still_and_goes_on(peers):
+    """A shell and its child, which counts aloud."""
+    script = "(i=0; while true; do i=$((i+1)); echo $i; sleep 0.01; done) & wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "1\n"
+            with peers.systems._still(process):
+                members = list(peers.systems._session(process.pid))
+                assert len(members) >= 2
+                assert {state(pid) for pid in members} == {"T"}
+            assert "T" not in {state(pid) for pid in peers.systems._session(process.pid)}
+            assert process.stdout.readline() == "2\n"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
