@@ -108,7 +108,7 @@ def _commands(part: str, images: Path, results: Path, precisions: Sequence[str],
             peers += ["--row", row]
         calibration = CALIBRATION_IMAGES if CALIBRATION_IMAGES.is_dir() else ROOT / "samples"
         int8 = ["--row", "openvino:int8", "--calibration-folder", str(calibration)]
-        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "5"]
+        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "4"]
         yield [*peers, "--model", "resnet50", "--seconds", "4", "--rounds", "2"]
     else:
         calls = ["--calls", "1000"] if short else []

@@ -30,6 +30,7 @@ import systems
 from photos import read_jpegs
 
 from vision_service.bench.cpu import cpu_model
+from vision_service.bench.generators import Generators
 from vision_service.bench.stats import Spread
 from vision_service.engine.threads import usable_cores
 
@@ -79,12 +80,17 @@ def main() -> None:
         "versions": {name: version(name) for name in packages},
     }
     keys = ("model", "runtime", "precision", "system", "workers")
-    for model in arguments.model:
-        for rows in _measure(arguments, model, images):
-            measured = [{key: row[key] for key in keys} for row in rows]
-            kept = [row for row in results["rows"] if {key: row[key] for key in keys} not in measured]
-            results["rows"] = [*kept, *rows]
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    with Generators() as generators:
+        for model in arguments.model:
+            jobs = {
+                row: systems.Job(model, row, arguments.images, images, arguments.seconds, generators)
+                for row in arguments.row
+            }
+            for rows in _measure(arguments, jobs):
+                measured = [{key: row[key] for key in keys} for row in rows]
+                kept = [row for row in results["rows"] if {key: row[key] for key in keys} not in measured]
+                results["rows"] = [*kept, *rows]
+                arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -96,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, default=systems.ROOT / "samples")
     parser.add_argument("--in-flight", type=int, action="append")
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tune", action="store_true", help="try every peer with one worker and with one a core")
     parser.add_argument("--output", type=Path, default=systems.ROOT / "benchmarks" / "results" / "peers-bf16.json")
     arguments = parser.parse_args()
@@ -119,21 +125,20 @@ def meetings(rows: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
             yield row, rows if row == EAGER else [row]
 
 
-def _measure(arguments: argparse.Namespace, model: str, images: list[bytes]) -> Iterator[list[dict]]:
-    """All that is known of a model, again after each other system."""
+def _measure(arguments: argparse.Namespace, jobs: Mapping[str, systems.Job]) -> Iterator[list[dict]]:
+    """All that is known of a model, again after each other system; its jobs, by row."""
     found: dict[tuple[str, str, int], Measured] = defaultdict(Measured)
-    for row, our_rows in meetings(arguments.row):
-        jobs = {one: systems.Job(model, one, arguments.images, images, arguments.seconds) for one in [row, *our_rows]}
+    for row, our_rows in meetings(list(jobs)):
         with contextlib.ExitStack() as stack:
             servers = {our_row: stack.enter_context(systems.ours(jobs[our_row])) for our_row in our_rows}
             ours = {(one, name, 1): way for one, ways in servers.items() for name, way in ways.items()}
             for system in arguments.system:
                 for workers in _workers(system, tune=arguments.tune):
-                    print(f"{model} {row}: {system}, {workers} workers", file=sys.stderr, flush=True)
+                    print(f"{jobs[row].model} {row}: {system}, {workers} workers", file=sys.stderr, flush=True)
                     theirs = (row, system, workers)
                     with systems.other(jobs[row], system, workers) as other:
                         _take_turns(arguments, found, ours, theirs, other)
-                    rows = [_row(model, what, measured) for what, measured in found.items()]
+                    rows = [_row(jobs[row].model, what, measured) for what, measured in found.items()]
                     print(f"  {json.dumps(found[theirs].summary())}", file=sys.stderr, flush=True)
                     yield rows
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from http_load import HttpConnection
 
 from vision_service.bench import served
-from vision_service.bench.generators import run_load
+from vision_service.bench.generators import Generators
 from vision_service.bench.load import Load, LoadResult
 from vision_service.bench.plan import Plan, Setup, Variant
 from vision_service.bench.stats import Percentiles
@@ -84,6 +84,7 @@ class Job:
         folder: with the JPEG files that are sent.
         images: these files.
         seconds: of a round.
+        generators: whose load comes to all systems.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Job:
     folder: Path
     images: list[bytes]
     seconds: float
+    generators: Generators
 
     @property
     def runtime(self) -> str:
@@ -110,6 +112,7 @@ def ours(job: Job) -> Iterator[dict[str, Way]]:
     variant = Variant(job.model, "torch" if job.runtime == "eager" else job.runtime, job.precision)
     plan = Plan([variant], SETUP, job.images, seconds=job.seconds)
     with served.server(SETUP, variant) as target:
+        target = replace(target, generators=job.generators)
         yield {
             name: lambda in_flight, streamed=streamed: _figures(
                 target.load(plan, streamed=streamed, in_flight=in_flight)
@@ -134,7 +137,9 @@ def other(job: Job, system: str, workers: int) -> Iterator[Other]:
         address, path = f"127.0.0.1:{port}", PEERS[system].path
         _check(job, system, _wait(process, address, path, job.images[0]))
         load = Load(address, path, job.images, seconds=job.seconds, wire=HttpConnection)
-        yield Other(lambda in_flight: _figures(run_load(replace(load, in_flight=in_flight))), lambda: _still(process))
+        yield Other(
+            lambda in_flight: _figures(job.generators.run(replace(load, in_flight=in_flight))), lambda: _still(process)
+        )
 
 
 def _figures(result: LoadResult) -> dict:
