@@ -77,12 +77,13 @@ def mean_precision(pipeline: Pipeline, files: list[Path], truth: list[AnnotatedB
 
 
 def cannot(run: Run, runtime: str, precision: str) -> str:
-    """Why this processor or GPU has no such precision; empty if it has."""
+    """Why this processor or GPU lacks a precision that the runtime has elsewhere; empty if it does not."""
     created = create_runtime(runtime, torch.device(run.device))
-    try:
-        created.check_precision(precision)
-    except ConfigError as error:
-        return str(error)
+    if precision in created.precisions[torch.device(run.device).type]:
+        try:
+            created.check_precision(precision)
+        except ConfigError as error:
+            return str(error)
     return ""
 
 

@@ -29,7 +29,7 @@ from vision_service.engine.build import replace_fields
 from vision_service.errors import ConfigError, DeviceOutOfMemory
 from vision_service.imaging.decode import decode_image
 from vision_service.imaging.preprocess import preprocess
-from vision_service.runtimes import RUNTIMES, Calibration, Execution, Forwards, Workload, create_runtime
+from vision_service.runtimes import RUNTIMES, Calibration, Execution, Forwards, Workload, _int8, create_runtime
 from vision_service.weights.manifest import find_model
 from vision_service.zoo import torchvision as zoo
 
@@ -262,6 +262,19 @@ class TestOpenVinoInt8(RuntimeContract):
         with torch.inference_mode():
             expected = network(*white)
         self.assert_near(self.compiled(network, kept_in, tmp_path)(*white), expected, tolerance=0.05)
+
+    def test_a_cache_of_several_machines_keeps_weights_of_seven_and_of_eight_bits(self, tmp_path, noises, monkeypatch):
+        openvino = pytest.importorskip("openvino")
+        largest = {}
+        for bits in (7, 8):
+            monkeypatch.setattr(_int8, "weight_bits", lambda bits=bits: bits)
+            before = set(tmp_path.rglob("*.xml"))
+            self.compiled(sized(), tmp_path, noises)
+            (written,) = set(tmp_path.rglob("*.xml")) - before
+            ops = openvino.Core().read_model(written).get_ordered_ops()
+            weights = [op.data for op in ops if op.get_type_name() == "Constant" and op.get_element_type().is_signed()]
+            largest[bits] = max(int(np.abs(data.astype(int)).max()) for data in weights if data.dtype == np.int8)
+        assert largest[7] <= 64 < largest[8]
 
     def test_its_convolutions_are_quantized(self, forward, kept_in):
         texts = [file.read_text() for file in kept_in.rglob("*.xml")]

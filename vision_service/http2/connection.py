@@ -1,4 +1,4 @@
-"""One connection of a client: reads its frames, keeps to its windows, and ends it where it breaks the rules.
+"""One connection of a client, from its first byte to hanging up; `receiver` takes in its frames, `sender` sends ours.
 
 Bounded are header fields (`fields.MAX_FIELDS_BYTES`), streams at work, frames that ask for nothing, and answers that a
 peer does not take in (but for those that were being made when it stopped). Not bounded, as with gRPC's own servers, is
@@ -104,7 +104,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._hung_up, self._receiver.accepting = True, False
+        self._hung_up = True
+        self._receiver.stop_accepting()
         if self._timer is not None:
             self._timer.cancel()
         self.sender.drop()
@@ -170,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def forget(self, number: int) -> None:
         """A stream is closed."""
-        del self._receiver.streams[number]
+        self._receiver.forget(number)
 
     def gather(self, seconds: float) -> None:
         """Take in what comes in larger portions for so long, unless answers wait for a window; see `Gatherer`."""
@@ -183,7 +184,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def stream_over(self) -> None:
         """A stream is closed and its exchange has ended."""
-        self._receiver.at_work -= 1
+        self._receiver.over()
         if not self._receiver.accepting and not self._receiver.streams:
             self._hang_up()
 
@@ -193,7 +194,7 @@ class Connection(asyncio.BufferedProtocol):
         """Take no further requests; hang up when those under way are answered."""
         if self._transport is None or not self._receiver.accepting:
             return
-        self._receiver.accepting = False
+        self._receiver.stop_accepting()
         if self._greeted:  # nothing comes before our settings
             self.sender.put(frames.goaway(self._receiver.last_stream, ErrorCode.NO_ERROR, "the server is stopping"))
         if not self._receiver.streams:
@@ -220,7 +221,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Hang up, whatever is under way."""
-        self._receiver.accepting = self._patient = False
+        self._patient = False
+        self._receiver.stop_accepting()
         self._receiver.abort()
         self._hang_up()
 

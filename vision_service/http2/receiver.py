@@ -79,6 +79,18 @@ class Receiver:
         for stream in list(self.streams.values()):
             stream.abort()
 
+    def stop_accepting(self) -> None:
+        """Begin no further streams."""
+        self.accepting = False
+
+    def forget(self, number: int) -> None:
+        """A stream is closed."""
+        del self.streams[number]
+
+    def over(self) -> None:
+        """A stream is closed and its exchange has ended."""
+        self.at_work -= 1
+
     def replenish(self) -> None:
         """Let as much come as at the beginning, when half of it has come."""
         if self._window < CONNECTION_WINDOW // 2:

@@ -30,7 +30,7 @@ def weight_bits(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"
     """How many of the eight bits weights may use.
 
     AVX2 and AVX-512 without VNNI add two products of eight by eight bits in 16, which overflow and are cut off
-    (``vpmaddubsw``). With weights of seven bits no sum of two can: 2 x 255 x 63 < 32768.
+    (``vpmaddubsw``). With weights of seven bits no sum of two does: 2 x 255 x 64 < 32768.
 
     Args:
         machine: its kind; ``None``: this one's.
@@ -81,7 +81,7 @@ def quantize(model: Any, work: Workload) -> Any:
             nncf.Dataset(batches),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(batches),
-            # The default is right for the first layer alone. Depthwise layers keep eight bits, they add nothing up.
+            # The default is right for the first layer alone. NNCF leaves depthwise layers eight bits either way.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 overflow_fix=nncf.OverflowFix.ENABLE if weight_bits() == 7 else nncf.OverflowFix.FIRST_LAYER
             ),
