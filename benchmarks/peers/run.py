@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,24 +44,31 @@ class Measured:
 
     Attributes:
         rounds: figures of each, by the number of calls in flight.
-        ours_over: of another system: ours divided by it in each round, by our row, our system and the calls.
+        beside: of another system: the speeds of ours and of it in each round, by our row, our system and the calls.
+        measured: when it was last.
     """
 
     rounds: dict[int, list[dict]] = field(default_factory=lambda: defaultdict(list))
-    ours_over: dict[str, dict[str, dict[int, list[float]]]] = field(
+    beside: dict[str, dict[str, dict[int, list[tuple[float, float]]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     )
+    measured: str = ""
+
+    def add(self, in_flight: int, figures: dict) -> None:
+        """A round."""
+        self.rounds[in_flight].append(figures)
+        self.measured = datetime.now(UTC).isoformat(timespec="seconds")
 
     def summary(self) -> dict:
         """Medians and spreads."""
         found: dict = {"loads": {str(load): _summary(rounds) for load, rounds in self.rounds.items()}}
-        if self.ours_over:
+        if self.beside:
             found["ours_over"] = {
                 row: {
-                    name: {str(load): asdict(Spread.of(ratios)) for load, ratios in loads.items()}
+                    name: {str(load): _ratio(speeds) for load, speeds in loads.items()}
                     for name, loads in by_system.items()
                 }
-                for row, by_system in self.ours_over.items()
+                for row, by_system in self.beside.items()
             }
         return found
 
@@ -68,6 +76,7 @@ class Measured:
 def main() -> None:
     """Measure what the command line says."""
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # what stands still is to end, too
     arguments.images = arguments.images.resolve()
     if arguments.calibration_folder is not None:  # the server that is started reads it there
         os.environ["VISION_SERVICE_CALIBRATION_FOLDER"] = str(arguments.calibration_folder.resolve())
@@ -131,13 +140,14 @@ def _measure(arguments: argparse.Namespace, jobs: Mapping[str, systems.Job]) -> 
     for row, our_rows in meetings(list(jobs)):
         with contextlib.ExitStack() as stack:
             servers = {our_row: stack.enter_context(systems.ours(jobs[our_row])) for our_row in our_rows}
-            ours = {(one, name, 1): way for one, ways in servers.items() for name, way in ways.items()}
+            ours = [{(one, name, 1): way for name, way in ways.items()} for one, ways in servers.items()]
             for system in arguments.system:
                 for workers in _workers(system, tune=arguments.tune):
                     print(f"{jobs[row].model} {row}: {system}, {workers} workers", file=sys.stderr, flush=True)
                     theirs = (row, system, workers)
                     with systems.other(jobs[row], system, workers) as other:
-                        _take_turns(arguments, found, ours, theirs, other)
+                        for ways in ours:
+                            _take_turns(arguments, found, ways, theirs, other)
                     rows = [_row(jobs[row].model, what, measured) for what, measured in found.items()]
                     print(f"  {json.dumps(found[theirs].summary())}", file=sys.stderr, flush=True)
                     yield rows
@@ -146,7 +156,7 @@ def _measure(arguments: argparse.Namespace, jobs: Mapping[str, systems.Job]) -> 
 def _workers(system: str, *, tune: bool) -> tuple[int, ...]:
     if system not in systems.PEERS:
         return (1,)
-    return (1, usable_cores()) if tune else (min(systems.PEERS[system].workers, usable_cores()),)
+    return tuple(dict.fromkeys((1, usable_cores()))) if tune else (min(systems.PEERS[system].workers, usable_cores()),)
 
 
 def _take_turns(
@@ -156,7 +166,7 @@ def _take_turns(
     theirs: tuple[str, str, int],
     other: systems.Other,
 ) -> None:
-    """Rounds of another system and of ours beside it."""
+    """Rounds of another system and of ours beside it, by calls and on a stream."""
     for number in range(arguments.rounds):
         for in_flight in arguments.in_flight:
             turns = [*ours.items(), (theirs, other.load)]
@@ -168,25 +178,34 @@ def _take_turns(
                     raise SystemExit(
                         f"{what[1]}, {what[0]}, answered nothing in {arguments.seconds:g} s: give --seconds"
                     )
-                found[what].rounds[in_flight].append(figures)
+                found[what].add(in_flight, figures)
                 speeds[what] = figures["images_per_s"]
             for row, name, _ in ours:
-                ratio = speeds[row, name, 1] / speeds[theirs]
-                found[theirs].ours_over[row][name][in_flight].append(ratio)
+                found[theirs].beside[row][name][in_flight].append((speeds[row, name, 1], speeds[theirs]))
 
 
 def _row(model: str, what: tuple[str, str, int], measured: Measured) -> dict:
     row, system, workers = what
     runtime, _, precision = row.partition(":")
     names = {"model": model, "runtime": runtime, "precision": precision, "system": system, "workers": workers}
-    return {**names, **measured.summary(), "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**names, **measured.summary(), "measured": measured.measured}
 
 
 def _summary(rounds: list[dict]) -> dict:
-    """Medians, and the spread of the speed."""
+    """Medians, and the spread of the speed; of calls that failed, all."""
     found = {key: round(median(one[key] for one in rounds), 3) for key in rounds[0]}
+    if "failed" in found:
+        found["failed"] = sum(one["failed"] for one in rounds)
     speeds = [one["images_per_s"] for one in rounds]
     return {**found, "lowest": round(min(speeds), 3), "highest": round(max(speeds), 3), "rounds": len(rounds)}
+
+
+def _ratio(speeds: list[tuple[float, float]]) -> dict:
+    """Ours divided by theirs, round by round, and the medians of both."""
+    found = asdict(Spread.of([ours / theirs for ours, theirs in speeds]))
+    for who, values in zip(("ours", "theirs"), zip(*speeds, strict=True), strict=True):
+        found[who] = median(values)
+    return {key: round(value, 3) for key, value in found.items()}
 
 
 if __name__ == "__main__":

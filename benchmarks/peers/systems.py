@@ -210,20 +210,25 @@ def _process(job: Job, system: str, workers: int) -> Iterator[tuple[subprocess.P
 @contextlib.contextmanager
 def _still(process: subprocess.Popen) -> Iterator[None]:
     """Let a session of processes wait: LitServe and Ray use 8 to 10 % of two cores while nobody calls them."""
-    members = list(_session(process.pid))
-    _signal(members, signal.SIGSTOP)
     try:
+        while running := [pid for pid, state in _session(process.pid).items() if state not in "TtZX"]:
+            _signal(running, signal.SIGSTOP)  # which takes a moment, and meanwhile one may have started another
+            time.sleep(0.01)
         yield
     finally:
-        _signal(members, signal.SIGCONT)
+        _signal(_session(process.pid), signal.SIGCONT)
 
 
-def _session(leader: int) -> Iterator[int]:
+def _session(leader: int) -> dict[int, str]:
+    """The state of each of its processes, by number; proc_pid_stat(5)."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            # proc_pid_stat(5): the name in brackets, which may have any character, then state, parent, group, session.
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                yield int(folder.name)
+            # The name stands in brackets and may have any character; then state, parent, group, session.
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader:
+                found[int(folder.name)] = state
+    return found
 
 
 def _signal(members: Iterable[int], number: signal.Signals) -> None:

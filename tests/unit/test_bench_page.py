@@ -142,15 +142,25 @@ def run_of(*rows):
     return {"machine": machine, "rows": [{**row, "measured": "2026-01-02T03:04:05+00:00"} for row in rows]}
 
 
+def slow(*systems, **names):
+    """Peers that are measured, and do not matter."""
+    return [row(system, 1.0, **names) for system in systems]
+
+
 def test_the_best_peer_counts_and_the_loop_is_none():
     rows = [row("vision-service", 125.0), row("mosec", 90.0), row("mosec", 100.0, workers=2), row("loop", 400.0)]
     (found,) = page._peer_verdicts(run_of(*rows))
+    assert not found.met
+    assert "LitServe not measured; Ray Serve not measured" in found.note
+    rows += slow("litserve", "ray")
+    (found,) = page._peer_verdicts(run_of(*rows))
     assert (found.value, found.met) == ("1.25", True)
     assert "A processor" in found.note
-    rows.append(row("ray", 101.0))
+    rows[-1] = row("ray", 101.0)
     (found,) = page._peer_verdicts(run_of(*rows))
     assert not found.met
     assert "Ray Serve" in found.note
+    rows += slow("mosec", "ray", runtime="eager", precision="fp32")
     rows.append(row("litserve", 30.0, runtime="eager", precision="fp32"))
     eager = list(page._peer_verdicts(run_of(*rows)))[-1]
     assert (eager.value, eager.met) == ("4.17", False)
@@ -158,6 +168,7 @@ def test_the_best_peer_counts_and_the_loop_is_none():
 
 def test_what_is_served_on_a_stream_is_compared_as_well_and_is_no_peer():
     rows = [row("vision-service", 120.0), row("vision-service-stream", 130.0), row("mosec", 100.0)]
+    rows += slow("litserve", "ray")
     calls, stream = page._peer_verdicts(run_of(*rows))
     assert (calls.value, calls.met) == ("1.20", False)
     assert (stream.value, stream.met) == ("1.30", True)
@@ -165,45 +176,58 @@ def test_what_is_served_on_a_stream_is_compared_as_well_and_is_no_peer():
 
 
 def test_eager_peers_are_compared_with_our_fastest_precision():
-    eager = row("mosec", 20.0, runtime="eager", precision="fp32")
+    eager = [row("mosec", 20.0, runtime="eager", precision="fp32")]
+    eager += slow("litserve", "ray", runtime="eager", precision="fp32")
     in_fp32 = [row("vision-service", 90.0, precision="fp32"), row("mosec", 80.0, precision="fp32")]
-    found = met(page._peer_verdicts(run_of(eager, *in_fp32)))
+    found = met(page._peer_verdicts(run_of(*eager, *in_fp32)))
     assert found == {"served / best peer >= 1.25": False, "served / best peer >= 5": False}
-    assert "ours in fp32" in list(page._peer_verdicts(run_of(eager, *in_fp32)))[-1].text
-    *_, last = page._peer_verdicts(run_of(eager, *in_fp32, row("vision-service", 110.0), row("mosec", 85.0)))
+    assert "ours in fp32" in list(page._peer_verdicts(run_of(*eager, *in_fp32)))[-1].text
+    *_, last = page._peer_verdicts(run_of(*eager, *in_fp32, row("vision-service", 110.0), row("mosec", 85.0)))
     assert (last.value, last.met) == ("5.50", True)
     assert "ours in bf16" in last.text
 
 
 def test_eager_peers_are_compared_with_int8_by_itself():
-    eager = row("mosec", 20.0, runtime="eager", precision="fp32")
+    eager = [row("mosec", 20.0, runtime="eager", precision="fp32")]
+    eager += slow("litserve", "ray", runtime="eager", precision="fp32")
     ours = [row("vision-service", 90.0, precision="fp32"), row("vision-service", 130.0, precision="int8")]
-    in_fp32, in_int8 = page._peer_verdicts(run_of(eager, *ours))
+    in_fp32, in_int8 = page._peer_verdicts(run_of(*eager, *ours))
     assert "ours in fp32, theirs eager" in in_fp32.text
     assert "ours in int8, theirs eager" in in_int8.text
     assert [(one.value, one.met) for one in (in_fp32, in_int8)] == [("4.50", False), ("6.50", True)]
     assert "| OpenVINO int8 |" in page._peers_table(ours)
 
 
-def test_peers_that_took_turns_are_compared_by_turns():
-    def beside(mosec, **names):
-        ratio = {"median": mosec, "low": mosec - 0.1, "high": mosec + 0.1}
-        return row(**names) | {"ours_over": {"openvino:fp32": {"vision-service": {"32": ratio}}}}
+def beside(system, ratio, runtime="openvino", failed=0):
+    """A peer that took turns with our server in fp32."""
+    spread = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1, "ours": 100 * ratio, "theirs": 100.0}
+    found = row(system, 90.0, runtime=runtime, precision="fp32")
+    found["loads"]["32"]["failed"] = failed
+    return found | {"ours_over": {"openvino:fp32": {"vision-service": {"32": spread}}}}
 
-    ours, network = row("vision-service", 200.0, precision="fp32"), {"precision": "fp32"}
-    mosec, ray = beside(1.3, system="mosec", speed=90.0, **network), beside(1.2, system="ray", speed=80.0, **network)
-    (found,) = page._peer_verdicts(run_of(ours, mosec, ray))  # speeds would have said 2.2 and 2.5
-    assert (found.value, found.met) == ("1.200 (1.100 to 1.300)", False)
-    assert "Ray Serve" in found.note
-    (found,) = page._peer_verdicts(run_of(ours, mosec))
+
+def test_peers_that_took_turns_are_compared_by_turns():
+    ours, litserve = row("vision-service", 200.0, precision="fp32"), beside("litserve", 1.4)
+    (found,) = page._peer_verdicts(run_of(ours, beside("mosec", 1.3), beside("ray", 1.2), litserve))
+    assert (found.value, found.met) == ("1.200 (1.100 to 1.300)", False)  # the speeds of all turns would have said 2.2
+    assert found.note == "120 and 100 images/s, Ray Serve; A processor without bf16"
+    (found,) = page._peer_verdicts(run_of(ours, beside("mosec", 1.3), beside("ray", 1.4), litserve))
     assert (found.value, found.met) == ("1.300 (1.200 to 1.400)", True)
-    assert "not in turns" not in found.note
-    (found,) = page._peer_verdicts(run_of(ours, row("mosec", 90.0, precision="fp32")))
-    assert (found.value, found.met) == ("2.22", True)
+    old = row("ray", 100.0, precision="fp32")
+    (found,) = page._peer_verdicts(run_of(ours, beside("mosec", 1.3), old, litserve))
     assert "not in turns" in found.note
-    assert "| OpenVINO fp32 1.30 |" in page._peers_table([mosec])
-    eager = beside(5.1, system="mosec", speed=20.0, runtime="eager", precision="fp32")
-    assert [one.value for one in page._peer_verdicts(run_of(ours, eager))] == ["5.100 (5.000 to 5.200)"]
+    assert "| OpenVINO fp32 1.40 |" in page._peers_table([litserve])
+    eager = [beside(system, 5.1, "eager") for system in page.PEERS]
+    assert [one.value for one in page._peer_verdicts(run_of(ours, *eager))] == ["5.100 (5.000 to 5.200)"]
+
+
+def test_a_peer_that_failed_is_not_surpassed():
+    ours, others = row("vision-service", 200.0, precision="fp32"), [beside("mosec", 1.3), beside("litserve", 1.4)]
+    (found,) = page._peer_verdicts(run_of(ours, *others, beside("ray", 1.5, failed=3)))
+    assert not found.met
+    assert "Ray Serve: 3 calls failed" in found.note
+    (found,) = page._peer_verdicts(run_of(ours, *others, row("ray", 0.0, precision="fp32")))
+    assert "Ray Serve not measured" in found.note
 
 
 def test_memory():

@@ -10,11 +10,10 @@ import sys
 from argparse import Namespace
 from collections import defaultdict
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, until
 
 PEERS = ROOT / "benchmarks" / "peers"
 
@@ -71,7 +70,8 @@ def test_what_is_compared_was_measured_beside_each_other_in_both_orders(peers):
     summary, asked = take_turns(peers, {**speeds, "mosec": [100.0, 10.0, 60.0]}, rounds=3)
     there = [(name, 8) for name in (*speeds, "mosec")]
     assert asked == there + there[::-1] + there
-    assert summary["ours_over"]["openvino:fp32"]["vision-service"] == {"8": {"median": 1.2, "low": 1.1, "high": 3.0}}
+    expected = {"median": 1.2, "low": 1.1, "high": 3.0, "ours": 66.0, "theirs": 60.0}
+    assert summary["ours_over"]["openvino:fp32"]["vision-service"] == {"8": expected}
     assert summary["ours_over"]["openvino:fp32"]["vision-service-stream"]["8"]["median"] == 1.0
     assert summary["loads"]["8"] == {"images_per_s": 60.0, "lowest": 10.0, "highest": 100.0, "rounds": 3}
 
@@ -82,20 +82,20 @@ def test_who_answers_nothing_is_named(peers):
 
 
 def test_a_session_of_processes_stands_still_and_goes_on(peers):
-    """A shell and its child, which counts aloud."""
-    script = "(i=0; while true; do i=$((i+1)); echo $i; sleep 0.01; done) & wait"
-    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    """A shell and what it has started."""
+    with subprocess.Popen(["sh", "-c", "sleep 60 & cat"], stdin=-1, stdout=-1, start_new_session=True) as process:
         try:
-            assert process.stdout.readline() == "1\n"
+            until(lambda: len(peers.systems._session(process.pid)) >= 3)
             with peers.systems._still(process):
-                members = list(peers.systems._session(process.pid))
-                assert len(members) >= 2
-                assert {state(pid) for pid in members} == {"T"}
-            assert "T" not in {state(pid) for pid in peers.systems._session(process.pid)}
-            assert process.stdout.readline() == "2\n"
+                assert set(peers.systems._session(process.pid).values()) == {"T"}
+            until(lambda: "T" not in peers.systems._session(process.pid).values())
+            process.stdin.write(b"still there")
+            process.stdin.close()
+            assert process.stdout.read(11) == b"still there"
         finally:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def state(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def test_calls_that_failed_in_any_round_are_counted(peers):
+    rounds = [{"images_per_s": 10.0, "failed": failed} for failed in (0, 0, 0, 7)]
+    assert peers._summary(rounds)["failed"] == 7
