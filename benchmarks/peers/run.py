@@ -4,11 +4,10 @@
     python benchmarks/peers/run.py --model mobilenet_v2 --row openvino:bf16 --images FOLDER --output results.json
 
 Our server, by calls and on a stream, and one other system take turns of some seconds, every other round the other way
-round, while the other one stands still: what is compared is what was measured beside each other, so that a machine
-whose speed changes by the minute does not decide. Peers that run eager torch meet our server in every
-row that is asked for, those that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its
-scales are measured on --calibration-folder. Results of several runs may go into one file: rows that are measured again
-replace the older ones.
+round; it stands still while ours is measured. What is compared was measured beside each other, so that a machine whose
+speed changes by the minute does not decide. Peers that run eager torch meet our server in every row that is asked for,
+those that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its scales are measured on
+--calibration-folder. Results of several runs may go into one file: rows that are measured again replace the older ones.
 """
 
 from __future__ import annotations
