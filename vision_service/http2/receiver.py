@@ -1,6 +1,6 @@
 """The receiving half of a connection: what its frames mean to its streams, and how much may come.
 
-RFC 9113, 4 to 6; HEADERS and CONTINUATION are put together, and frames that ask for nothing are counted.
+RFC 9113, 4 to 6. Frames that ask for nothing are counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable
 
 from vision_service.http2 import frames
-from vision_service.http2.fields import MAX_BLOCK_BYTES, FieldReader, Malformed, Request
+from vision_service.http2.blocks import Block, HeaderBlocks
+from vision_service.http2.fields import FieldReader, Malformed, Request
 from vision_service.http2.frames import ConnectionFault, ErrorCode, StreamFault
 from vision_service.http2.sender import Sender
 from vision_service.http2.stream import Exchange, Stream
@@ -69,7 +70,7 @@ class Receiver:
         self.accepting = True
         self._highest = 0  # number of a stream that was begun
         self._fields = FieldReader()
-        self._block: tuple[int, int, bytearray] | None = None  # stream, flags and what there is of its header fields
+        self._blocks = HeaderBlocks()
         self._idle_frames = 0
         self._idle_since_s = 0.0
         self._window = CONNECTION_WINDOW
@@ -116,12 +117,12 @@ class Receiver:
             self._fail_stream(StreamFault(number, ErrorCode.INTERNAL_ERROR, "internal error"))
 
     def _take(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
-        if self._block is not None and kind != frames.CONTINUATION:
+        if self._blocks.begun and kind != frames.CONTINUATION:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "header fields were begun and not ended")
         if kind == frames.DATA:
             self._take_data(flags, number, payload)
         elif kind == frames.HEADERS:
-            self._take_headers(flags, number, payload)
+            self._take_block(number, self._blocks.begin(flags, number, payload))
         elif kind == frames.WINDOW_UPDATE:
             self._take_window(number, payload)
         elif kind == frames.RST_STREAM:
@@ -129,7 +130,7 @@ class Receiver:
         else:
             self._count_idle()
             if kind == frames.CONTINUATION:
-                self._take_continuation(flags, number, payload)
+                self._take_block(number, self._blocks.go_on(flags, number, payload))
             elif kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
                 self._take_of_connection(kind, flags, number, payload)
             elif kind == frames.PRIORITY:
@@ -176,32 +177,11 @@ class Receiver:
             stream.remote_ended = True
             stream.exchange.ended()
 
-    def _take_headers(self, flags: int, number: int, payload: memoryview) -> None:
-        if number % 2 == 0:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's streams have odd numbers, not {number}")
-        block = frames.without_padding(payload, flags)
-        if flags & frames.PRIORITISED:
-            if len(block) < 5:
-                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS too short for their priority")
-            block = block[5:]
-        _check_block(len(block))
-        if flags & frames.END_HEADERS:
-            self._take_block(flags, number, bytes(block))
-        else:
-            self._block = number, flags, bytearray(block)
-
-    def _take_continuation(self, flags: int, number: int, payload: memoryview) -> None:
-        if self._block is None or self._block[0] != number:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        _, first_flags, block = self._block
-        block += payload
-        _check_block(len(block))
-        if flags & frames.END_HEADERS:
-            self._block = None
-            self._take_block(first_flags, number, bytes(block))
-
-    def _take_block(self, flags: int, number: int, block: bytes) -> None:
-        """All header fields of a request are there, or of its end."""
+    def _take_block(self, number: int, complete: Block | None) -> None:
+        """All header fields of a request are there, or of its end; ``None``: not yet."""
+        if complete is None:
+            return
+        flags, block = complete
         ends = bool(flags & frames.END_STREAM)
         stream = self.streams.get(number)
         if stream is not None:
@@ -301,12 +281,6 @@ class Receiver:
         stream = self.streams.get(fault.stream)
         if stream is not None:
             stream.abort()
-
-
-def _check_block(length: int) -> None:
-    """Check how long a header block is so far."""
-    if length > MAX_BLOCK_BYTES:
-        raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_BLOCK_BYTES} bytes of header fields")
 
 
 def _check(number: int, length: int, wanted: int, name: str) -> None:
