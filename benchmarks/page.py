@@ -222,6 +222,7 @@ class _Beside:
         ratio: ours divided by the peer's, images a second.
         speeds: ours, where it is known for these turns, and the peer's.
         in_turns: whether the two were measured in turns, and not one some minutes after the other.
+        starts: of the servers; ``ratio`` is the median of as many medians.
         failed: calls to the peer that did, which make it slower than it is.
     """
 
@@ -229,6 +230,7 @@ class _Beside:
     ratio: Spread
     speeds: tuple[float | None, float]
     in_turns: bool
+    starts: int
     failed: int
 
 
@@ -248,7 +250,8 @@ def _beside(rows: Sequence[dict], their_row: str, system: str, our_row: str, loa
             speeds = turns.get("ours"), turns.get("theirs", theirs["images_per_s"])
         else:
             ratio, speeds = Spread.of([ours / theirs["images_per_s"]]), (ours, theirs["images_per_s"])
-        yield _Beside(one["system"], ratio, speeds, turns is not None, failed)
+        starts = len((turns or {}).get("starts", [ratio]))
+        yield _Beside(one["system"], ratio, speeds, turns is not None, starts, failed)
 
 
 def _times(what: str, peers: Iterable[_Beside], needed: float, processor: str) -> Iterator[Verdict]:
@@ -263,6 +266,8 @@ def _times(what: str, peers: Iterable[_Beside], needed: float, processor: str) -
         notes[0] = f"{ours:.0f} and {notes[0]}"
     if not all(one.in_turns for one in every):
         notes.append("not in turns")
+    elif best.starts > 1:
+        notes.append(f"{best.starts} starts of each")
     faults = [f"{SYSTEMS[name]} not measured" for name in PEERS if name not in {one.system for one in every}]
     faults += [f"{SYSTEMS[one.system]}: {one.failed} calls failed" for one in every if one.failed]
     found = _at_least(f"{what}: served / best peer >= {needed:g}", best.ratio, needed, "; ".join([*notes, *faults]))

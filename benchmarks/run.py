@@ -102,14 +102,14 @@ def _commands(part: str, images: Path, results: Path, precisions: Sequence[str],
         peers += ["--output", str(results / f"peers-{fastest}.json")]
         if short:
             row = f"openvino:{fastest}"
-            yield [*peers, "--model", "mobilenet_v2", "--row", row, "--seconds", "2", "--rounds", "1"]
+            yield [*peers, "--model", "mobilenet_v2", "--row", row, "--seconds", "2", "--starts", "1", "--rounds", "1"]
             return
         for row in ("eager:fp32", *(f"openvino:{precision}" for precision in reversed(precisions))):
             peers += ["--row", row]
         calibration = CALIBRATION_IMAGES if CALIBRATION_IMAGES.is_dir() else ROOT / "samples"
         int8 = ["--row", "openvino:int8", "--calibration-folder", str(calibration)]
-        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--rounds", "4"]
-        yield [*peers, "--model", "resnet50", "--seconds", "4", "--rounds", "2"]
+        yield [*peers, *int8, "--model", "mobilenet_v2", "--seconds", "3", "--starts", "3", "--rounds", "2"]
+        yield [*peers, "--model", "resnet50", "--seconds", "4", "--starts", "1", "--rounds", "2"]
     else:
         calls = ["--calls", "1000"] if short else []
         soak = [sys.executable, "benchmarks/soak.py", *calls, "--precision", fastest]

@@ -5,7 +5,8 @@
 
 Our server, by calls and on a stream, and one other system take turns of some seconds, every other round the other way
 round; it stands still while ours is measured. What is compared was measured beside each other, so that a machine whose
-speed changes by the minute does not decide. Peers that run eager torch meet our server in every row that is asked for,
+speed changes by the minute does not decide. All are started anew several times (--starts), because a server is faster or
+slower from one start to the next. Peers that run eager torch meet our server in every row that is asked for,
 those that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its scales are measured on
 --calibration-folder. Results of several runs may go into one file: rows that are measured again replace the older ones.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -36,6 +38,9 @@ from vision_service.engine.threads import usable_cores
 
 EAGER = "eager:fp32"
 
+Speeds = list[tuple[float, float]]
+"""Images a second, ours and theirs, in each round between two starts."""
+
 
 @dataclass
 class Measured:
@@ -43,12 +48,13 @@ class Measured:
 
     Attributes:
         rounds: figures of each, by the number of calls in flight.
-        beside: of another system: the speeds of ours and of it in each round, by our row, our system and the calls.
+        beside: of another system: the speeds of ours and of it in each round of each start, by our row, our system and
+            the calls.
         measured: when it was last.
     """
 
     rounds: dict[int, list[dict]] = field(default_factory=lambda: defaultdict(list))
-    beside: dict[str, dict[str, dict[int, list[tuple[float, float]]]]] = field(
+    beside: dict[str, dict[str, dict[int, list[Speeds]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     )
     measured: str = ""
@@ -64,7 +70,7 @@ class Measured:
         if self.beside:
             found["ours_over"] = {
                 row: {
-                    name: {str(load): _ratio(speeds) for load, speeds in loads.items()}
+                    name: {str(load): _ratio(starts) for load, starts in loads.items()}
                     for name, loads in by_system.items()
                 }
                 for row, by_system in self.beside.items()
@@ -110,7 +116,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, default=systems.ROOT / "samples")
     parser.add_argument("--in-flight", type=int, action="append")
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--starts", type=int, default=3, help="how often servers are started anew")
+    parser.add_argument("--rounds", type=int, default=2, help="of turns, after each start")
     parser.add_argument("--tune", action="store_true", help="try every peer with one worker and with one a core")
     parser.add_argument("--output", type=Path, default=systems.ROOT / "benchmarks" / "results" / "peers-bf16.json")
     arguments = parser.parse_args()
@@ -136,17 +143,18 @@ def meetings(rows: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
 def _measure(arguments: argparse.Namespace, jobs: Mapping[str, systems.Job]) -> Iterator[list[dict]]:
     """All that is known of a model, again after each other system; its jobs, by row."""
     found: dict[tuple[str, str, int], Measured] = defaultdict(Measured)
-    for row, our_rows in meetings(list(jobs)):
+    for (row, our_rows), start in itertools.product(meetings(list(jobs)), range(arguments.starts)):
         with contextlib.ExitStack() as stack:
             servers = {our_row: stack.enter_context(systems.ours(jobs[our_row])) for our_row in our_rows}
             ours = [{(one, name, 1): way for name, way in ways.items()} for one, ways in servers.items()]
             for system in arguments.system:
                 for workers in _workers(system, tune=arguments.tune):
-                    print(f"{jobs[row].model} {row}: {system}, {workers} workers", file=sys.stderr, flush=True)
+                    what = f"{jobs[row].model} {row}: {system}, {workers} workers, start {start + 1}"
+                    print(what, file=sys.stderr, flush=True)
                     theirs = (row, system, workers)
                     with systems.other(jobs[row], system, workers) as other:
                         for ways in ours:
-                            _take_turns(arguments, found, ways, theirs, other)
+                            _take_turns(arguments, found, ways, theirs, other, start)
                     rows = [_row(jobs[row].model, what, measured) for what, measured in found.items()]
                     print(f"  {json.dumps(found[theirs].summary())}", file=sys.stderr, flush=True)
                     yield rows
@@ -164,9 +172,13 @@ def _take_turns(
     ours: Mapping[tuple[str, str, int], systems.Way],
     theirs: tuple[str, str, int],
     other: systems.Other,
+    start: int = 0,
 ) -> None:
-    """Rounds of another system and of ours beside it, by calls and on a stream."""
-    for number in range(arguments.rounds):
+    """Rounds of another system and of ours beside it, by calls and on a stream, after a start."""
+    for loads in (found[theirs].beside[row][name] for row, name, _ in ours):
+        for in_flight in arguments.in_flight:
+            loads[in_flight].append([])
+    for number in range(start * arguments.rounds, (start + 1) * arguments.rounds):
         for in_flight in arguments.in_flight:
             turns = [*ours.items(), (theirs, other.load)]
             speeds = {}
@@ -180,7 +192,7 @@ def _take_turns(
                 found[what].add(in_flight, figures)
                 speeds[what] = figures["images_per_s"]
             for row, name, _ in ours:
-                found[theirs].beside[row][name][in_flight].append((speeds[row, name, 1], speeds[theirs]))
+                found[theirs].beside[row][name][in_flight][-1].append((speeds[row, name, 1], speeds[theirs]))
 
 
 def _row(model: str, what: tuple[str, str, int], measured: Measured) -> dict:
@@ -199,12 +211,15 @@ def _summary(rounds: list[dict]) -> dict:
     return {**found, "lowest": round(min(speeds), 3), "highest": round(max(speeds), 3), "rounds": len(rounds)}
 
 
-def _ratio(speeds: list[tuple[float, float]]) -> dict:
-    """Ours divided by theirs, round by round, and the medians of both."""
-    found = asdict(Spread.of([ours / theirs for ours, theirs in speeds]))
-    for who, values in zip(("ours", "theirs"), zip(*speeds, strict=True), strict=True):
+def _ratio(starts: list[Speeds]) -> dict:
+    """Ours divided by theirs: the median of the starts' medians, the spread of all rounds, and the medians of both."""
+    medians = [median(ours / theirs for ours, theirs in speeds) for speeds in starts]
+    pairs = list(itertools.chain.from_iterable(starts))
+    found = asdict(Spread.of([ours / theirs for ours, theirs in pairs])) | {"median": median(medians)}
+    for who, values in zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True):
         found[who] = median(values)
-    return {key: round(value, 3) for key, value in found.items()}
+    rounded = {key: round(value, 3) for key, value in found.items()}
+    return rounded | {"starts": [round(one, 3) for one in medians]}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_eager_peers_meet_all_of_ours_and_nobody_runs_int8(peers):
     assert list(peers.meetings(["openvino:bf16"])) == [("openvino:bf16", ["openvino:bf16"])]
 
 
-def take_turns(peers, speeds, rounds=2):
+def take_turns(peers, speeds, rounds=2, starts=1):
     """Speeds by system, one a round; what was measured, and who was asked when."""
     asked, left = [], {name: list(reversed(found)) for name, found in speeds.items()}
     stopped = []
@@ -61,7 +61,8 @@ def take_turns(peers, speeds, rounds=2):
     ours = {("openvino:fp32", name, 1): way(name) for name in speeds if name != "mosec"}
     theirs = ("openvino:fp32", "mosec", 1)
     other = peers.systems.Other(way("mosec"), still)
-    peers._take_turns(Namespace(rounds=rounds, in_flight=[8], seconds=1.0), found, ours, theirs, other)
+    for start in range(starts):
+        peers._take_turns(Namespace(rounds=rounds, in_flight=[8], seconds=1.0), found, ours, theirs, other, start)
     return found[theirs].summary(), asked
 
 
@@ -70,10 +71,22 @@ def test_what_is_compared_was_measured_beside_each_other_in_both_orders(peers):
     summary, asked = take_turns(peers, {**speeds, "mosec": [100.0, 10.0, 60.0]}, rounds=3)
     there = [(name, 8) for name in (*speeds, "mosec")]
     assert asked == there + there[::-1] + there
-    expected = {"median": 1.2, "low": 1.1, "high": 3.0, "ours": 66.0, "theirs": 60.0}
+    expected = {"median": 1.2, "low": 1.1, "high": 3.0, "ours": 66.0, "theirs": 60.0, "starts": [1.2]}
     assert summary["ours_over"]["openvino:fp32"]["vision-service"] == {"8": expected}
     assert summary["ours_over"]["openvino:fp32"]["vision-service-stream"]["8"]["median"] == 1.0
     assert summary["loads"]["8"] == {"images_per_s": 60.0, "lowest": 10.0, "highest": 100.0, "rounds": 3}
+
+
+def test_starts_have_one_voice_each_and_the_order_goes_on_from_one_to_the_next(peers):
+    speeds = {"vision-service": [10.0, 20.0, 30.0, 90.0, 80.0, 70.0], "mosec": [10.0] * 6}
+    summary, asked = take_turns(peers, speeds, rounds=1, starts=6)
+    there = [("vision-service", 8), ("mosec", 8)]
+    assert asked == (there + there[::-1]) * 3
+    assert summary["ours_over"]["openvino:fp32"]["vision-service"]["8"]["starts"] == [1.0, 2.0, 3.0, 9.0, 8.0, 7.0]
+    summary, _ = take_turns(peers, speeds, rounds=2, starts=3)
+    found = summary["ours_over"]["openvino:fp32"]["vision-service"]["8"]
+    assert found["starts"] == [1.5, 6.0, 7.5]
+    assert (found["median"], found["low"], found["high"]) == (6.0, 1.0, 9.0)  # of all six rounds it would be 5
 
 
 def test_who_answers_nothing_is_named(peers):
