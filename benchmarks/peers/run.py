@@ -5,9 +5,9 @@
 
 Our server, by calls and on a stream, and one other system take turns of some seconds, every other round the other way
 round; it stands still while ours is measured. What is compared was measured beside each other, so that a machine whose
-speed changes by the minute does not decide. All are started anew several times (--starts), because a server is faster or
-slower from one start to the next. Peers that run eager torch meet our server in every row that is asked for,
-those that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its scales are measured on
+speed changes by the minute does not decide. All are started anew several times (--starts), because a server is faster
+or slower from one start to the next. Peers that run eager torch meet our server in every row that is asked for, those
+that run OpenVINO meet it in the same precision. The row openvino:int8 is ours alone: its scales are measured on
 --calibration-folder. Results of several runs may go into one file: rows that are measured again replace the older ones.
 """
 

@@ -215,7 +215,7 @@ def test_cancelled_call_never_reaches_the_network_and_its_place_is_free(pipeline
 def test_what_may_be_decoding_is_bounded(pipeline):
     blocked = threading.Event()
     made = pipeline(decode_workers=1, max_decoding_jobs=2)
-    made.pool.submit(blocked.wait, 10)
+    made.workers.submit(blocked.wait, 10)
     futures = [made.submit(red_image(i), **CLASSIFY) for i in (1, 2)]
     with pytest.raises(QueueFull, match="wait to be decoded"):
         made.submit(red_image(3), **CLASSIFY)
@@ -227,7 +227,7 @@ def test_what_may_be_decoding_is_bounded(pipeline):
 def test_what_may_be_decoding_is_bounded_in_bytes_too(pipeline):
     blocked = threading.Event()
     made = pipeline(decode_workers=1, max_decoding_bytes=2000)
-    made.pool.submit(blocked.wait, 10)
+    made.workers.submit(blocked.wait, 10)
     first = made.submit(red_image(1), **CLASSIFY)  # 1152 bytes
     with pytest.raises(QueueFull, match="1152 bytes wait to be decoded"):
         made.submit(red_image(2), **CLASSIFY)
@@ -398,7 +398,7 @@ def test_a_swapped_host_frees_its_network(pipeline):
 def test_cancelled_calls_drop_their_image_and_count_until_a_worker_has_passed_them(pipeline):
     blocked = threading.Event()
     made = pipeline(decode_workers=1, max_decoding_jobs=3)
-    made.pool.submit(blocked.wait, 10)
+    made.workers.submit(blocked.wait, 10)
 
     class Watched(np.ndarray):
         pass
@@ -461,7 +461,7 @@ def test_finish_runs_ahead_of_images_that_wait_to_be_decoded(pipeline):
     blocked = threading.Event()
     made = pipeline(decode_workers=1)
     first = made.submit(red_image(1), finish=lambda r: (threading.current_thread().name, r.model_name), **CLASSIFY)
-    made.pool.submit(blocked.wait, 10)  # behind the first image's decoding
+    made.workers.submit(blocked.wait, 10)  # behind the first image's decoding
     thread, model = first.result(5)
     blocked.set()
     assert thread.startswith("finish")
@@ -663,7 +663,7 @@ def test_a_batch_does_not_wait_for_an_image_that_turns_out_to_be_none(samples):
         host._model.forward = held
         first = made.submit(samples["coffee"], **CLASSIFY)
         assert began.wait(30)
-        made.pool.submit(decoder.wait, 30)
+        made.workers.submit(decoder.wait, 30)
         second, none = (made.submit(image, **CLASSIFY) for image in (samples["coffee"], b"no image"))
         decoder.set()
         with pytest.raises(InvalidImage):
@@ -708,7 +708,7 @@ def test_threads_that_compute_are_nicer_than_those_that_talk(pipeline):
         model = made.catalog.load(tiny_spec())._model
         forward = model.forward
         model.forward = lambda batch: note("forward") or forward(batch)
-        made.pool.submit(note, "decode").result(5)
+        made.workers.submit(note, "decode")
         made.predict(red_image(1), **CLASSIFY)
     finally:
         made.close(5)
@@ -769,7 +769,7 @@ def test_images_that_are_being_decoded_have_a_place_in_the_queue(pipeline, gate)
     made, first = gated(pipeline, gate, batching={"max_batch_size": 1, "max_queued_jobs": 3})
     blocked = threading.Event()
     for _ in range(2):
-        made.pool.submit(blocked.wait, 10)
+        made.workers.submit(blocked.wait, 10)
     futures = [made.submit(red_image(i), **CLASSIFY) for i in (2, 3, 4)]
     with pytest.raises(QueueFull, match="3 calls are waiting and the limit is 3"):
         made.submit(red_image(5), **CLASSIFY)  # before it is decoded for nothing

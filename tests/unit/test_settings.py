@@ -1,5 +1,6 @@
 import os
 import threading
+from queue import SimpleQueue
 
 import pytest
 
@@ -137,9 +138,10 @@ def test_thread_budget_and_its_effect():
         settings = ServerSettings.read(decode_workers=3, runtime_threads=1, compute_nice=2)
         pipeline = build_pipeline(settings, [tiny_spec()])
         mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        nice = pipeline.pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(5)
-        assert nice - mine == 2
-        assert pipeline.pool._max_workers == 3
+        found = SimpleQueue()
+        pipeline.workers.submit(lambda: found.put(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        assert found.get(timeout=5) - mine == 2
+        assert pipeline.workers.count == 3
         assert torch.get_num_threads() == 1
         assert cv2.getNumThreads() == 1
         pipeline.close()

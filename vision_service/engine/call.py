@@ -28,7 +28,7 @@ class Held:
 
     image: ImageInput
 
-    def drop(self, _: object = None) -> None:
+    def drop(self) -> None:
         """The bytes are not needed any more, and may be many."""
         self.image = b""
 

@@ -36,12 +36,17 @@ class ModelHost:
         spec: the model.
         execution: what the process gives its runtimes.
         cpu_gate: whose turn a forward pass on the CPU waits for; ``None``: none of its own.
+
+    Attributes:
+        spec: the model.
+        label: its name and version, for messages.
     """
 
     def __init__(
         self, spec: ModelSpec, execution: Execution | None = None, cpu_gate: ForwardGate | None = None
     ) -> None:
         self.spec = spec
+        self.label = f"{spec.name}:{spec.version}"
         self._execution = execution
         self._cpu_gate = cpu_gate
         self._state = ModelState.LOADING
@@ -62,11 +67,6 @@ class ModelHost:
     def state(self) -> ModelState:
         """Where the model stands."""
         return self._state
-
-    @property
-    def label(self) -> str:
-        """Name and version, for messages."""
-        return f"{self.spec.name}:{self.spec.version}"
 
     @property
     def forward(self) -> Forward:

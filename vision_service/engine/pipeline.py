@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vision_service.engine.loaded import Answer, Prepared
 from vision_service.engine.pace import Entry
 from vision_service.engine.queue import Ride
 from vision_service.engine.threads import be_nicer
+from vision_service.engine.workers import Workers
 from vision_service.errors import (
     DeadlineExceeded,
     InvalidImage,
@@ -64,17 +64,15 @@ class Pipeline:
     ) -> None:
         self.catalog = catalog
         self._limits = limits or DecodeLimits()
-        self._pool = ThreadPoolExecutor(
-            decode_workers, thread_name_prefix="decode", initializer=be_nicer, initargs=(nice,)
-        )
-        # Not the decoders' pool: what is nearly done would wait there behind everything that has just come in.
+        self._workers = Workers(decode_workers, "decode", partial(be_nicer, nice))
+        # Not the decoders: what is nearly done would wait there behind everything that has just come in.
         self._finishers = ThreadPoolExecutor(decode_workers, thread_name_prefix="finish")
         self._admission = Admission(max_decoding_jobs, max_decoding_bytes)
 
     @property
-    def pool(self) -> ThreadPoolExecutor:
-        """The workers that decode and preprocess."""
-        return self._pool
+    def workers(self) -> Workers:
+        """Those that decode and preprocess."""
+        return self._workers
 
     def check_room(self, task: Task) -> None:
         """Whether a call of a task would be let in, whichever model it names: asked before its message is read.
@@ -146,23 +144,18 @@ class Pipeline:
             ModelNotFound, ModelUnavailable, InvalidInput, QueueFull: at once, before work goes into the image.
         """
         host, entry = self._admit(Task(task), model, version)
-        nbytes = _nbytes(image)
-        with ExitStack() as undo:
-            undo.callback(host.release, entry, answered=False)
-            undo.callback(host.not_coming)
-            params = (overrides or ParamOverrides()).resolve(host.spec.params, host.spec.classes)
-            self._admission.enter(nbytes)
-            undo.callback(self._admission.leave, nbytes)
+        try:
+            params = host.spec.params
+            if overrides is not None:
+                params = overrides.resolve(params, host.spec.classes)
             deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
             call = Call(Held(image), host, params, deadline_s, finish, finish_needed)
-            try:
-                waiting = self._pool.submit(self._prepare, call)
-            except RuntimeError:  # the pool was shut down
-                raise ModelUnavailable("the service is stopping; call again in a moment") from None
-            undo.pop_all()
-        waiting.add_done_callback(lambda _: self._admission.leave(nbytes))
-        call.result.add_done_callback(lambda result: host.release(entry, answered=_has_result(result)))
-        call.result.add_done_callback(call.held.drop)  # a cancelled call must not keep it in the pool's queue
+            self._start(call, _nbytes(image))
+        except BaseException:
+            host.not_coming()
+            host.release(entry, answered=False)
+            raise
+        call.result.add_done_callback(partial(_over, host, entry, call.held))
         return call.result
 
     def submit_patiently(self, image: ImageInput, **kwargs: Any) -> Future[Result[Any]]:
@@ -223,7 +216,7 @@ class Pipeline:
         Returns:
             Whether everything was answered in time.
         """
-        self._pool.shutdown(wait=True)
+        self._workers.close()
         drained = self.catalog.close(timeout_s)
         self._finishers.shutdown(wait=True)
         return drained
@@ -245,6 +238,22 @@ class Pipeline:
                     raise
             else:
                 return host, entry
+
+    def _start(self, call: Call, nbytes: int) -> None:
+        """Have a worker prepare a call's image, which has so many bytes."""
+        self._admission.enter(nbytes)
+        try:
+            self._workers.submit(self._work, call, nbytes)
+        except RuntimeError:  # they were closed
+            self._admission.leave(nbytes)
+            raise ModelUnavailable("the service is stopping; call again in a moment") from None
+
+    def _work(self, call: Call, nbytes: int) -> None:
+        """What a worker does for a call."""
+        try:
+            self._prepare(call)
+        finally:
+            self._admission.leave(nbytes)
 
     def _prepare(self, call: Call) -> None:
         """Decode and preprocess on a worker, then queue. Every way out answers the call."""
@@ -336,8 +345,10 @@ def _read(path: Path, limits: DecodeLimits) -> bytes:
         raise InvalidImage(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _has_result(future: Future[Any]) -> bool:
-    return not future.cancelled() and future.exception() is None
+def _over(host: ModelHost, entry: Entry, held: Held, result: Future[Any]) -> None:
+    """A call has its result, or nobody waits for it; then its image must not stay in the workers' queue."""
+    host.release(entry, answered=not result.cancelled() and result.exception() is None)
+    held.drop()
 
 
 def _outcome(future: Future[Result[Any]]) -> Result[Any] | VisionError:

@@ -164,8 +164,9 @@ class Receiver:
         stream.receive_window -= len(payload)
         if stream.receive_window < 0:
             raise StreamFault(number, ErrorCode.FLOW_CONTROL_ERROR, "more content than the stream's window")
-        data = frames.without_padding(payload, flags)
-        if len(data) != len(payload):
+        data = payload
+        if flags & frames.PADDED:
+            data = frames.without_padding(payload, flags)
             stream.grant(len(payload) - len(data))
         assert stream.exchange is not None, "it is not closed"
         if data:

@@ -80,6 +80,7 @@ class Call:
         self._handler: Any = None
         self._reader: MessageReader | None = None
         self._task: asyncio.Task[None] | None = None
+        self._running = False  # its task has begun; one that is cancelled before never does
         self._messages: deque[tuple[bytes, bool]] = deque()  # each, and whether it is compressed
         self._taken = 0  # bytes that the peer was not yet told to have been taken
         self._all_there = False
@@ -292,8 +293,9 @@ class Call:
         """Stop the handler."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
-        else:
-            self._end()
+            if self._running:
+                return  # it ends by itself
+        self._end()
 
     def stop(self) -> None:
         """The server does not wait for this call any longer."""
@@ -329,24 +331,24 @@ class Call:
 
     def _run(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:
         self._task = self._loop.create_task(self._guarded(answer, method))
-        self._task.add_done_callback(self._task_over)  # also where it is cancelled before its first step
-
-    def _task_over(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled():
-            self._finish(grpc.StatusCode.CANCELLED, "the call was cancelled on the server")
-        self._end()
 
     async def _guarded(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:
         """Run what answers, and send how it ended."""
+        self._running = True
         try:
             await answer(method)
             self._finish(self._code or grpc.StatusCode.OK, self._details)
+        except asyncio.CancelledError:
+            self._finish(grpc.StatusCode.CANCELLED, "the call was cancelled on the server")
+            raise
         except grpc.aio.AbortError:
             self._finish(self._code or grpc.StatusCode.UNKNOWN, self._details)
         except StatusError as error:
             self._finish(error.code, str(error))
         except Exception as error:
             self._failed(error)
+        finally:
+            self._end()
 
     async def _answer_one(self, method: Callable[[Any, Any], Any]) -> None:
         request = await self._next_message()
@@ -398,7 +400,7 @@ class Call:
     def _begin(self) -> None:
         """Begin the response, once."""
         if not self._begun:
-            fields = _FIELDS + write_metadata(self._initial)  # which may fail
+            fields = _FIELDS + write_metadata(self._initial) if self._initial else _FIELDS  # the former may fail
             self._begun = True
             self._stream.send_fields(fields)
 

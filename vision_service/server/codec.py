@@ -36,7 +36,17 @@ MAX_NAME = 100
 MAX_CLASSES = 5_000
 """Most entries of a class filter, which are read on the event loop."""
 
-_THRESHOLDS = ("top_k", "score_threshold", "iou_threshold", "max_detections")
+_THRESHOLDS = {
+    kind: tuple(
+        name
+        for name in ("top_k", "score_threshold", "iou_threshold", "max_detections")
+        if name in kind.DESCRIPTOR.fields_by_name
+    )
+    for kind in (pb.ClassifyRequest, pb.DetectRequest, pb.SegmentRequest)
+}
+"""Which of them a request can have."""
+
+_NOTHING = ParamOverrides()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +121,7 @@ def read_translate(request: pb.TranslateRequest) -> Call:
     """
     encoding = _word("image_encoding", request.image_encoding, IMAGE_ENCODINGS)
     form = ReplyForm(Task.TRANSLATE, image_encoding=encoding, quality=_quality(request, encoding))
-    return _read(form, request, ParamOverrides())
+    return _read(form, request, _NOTHING)
 
 
 def read_list_models(request: pb.ListModelsRequest) -> Task | None:
@@ -139,7 +149,8 @@ def _with_masks(task: Task, request: pb.DetectRequest | pb.SegmentRequest) -> Re
 
 
 def _read(form: ReplyForm, request: PredictRequest, overrides: ParamOverrides) -> Call:
-    selector = ModelSelector(_name("model.name", request.model.name), _name("model.version", request.model.version))
+    model = request.model
+    selector = ModelSelector(_name("model.name", model.name), _name("model.version", model.version))
     return Call(form, selector, _image(request.image), overrides)
 
 
@@ -179,12 +190,13 @@ def _raw(raw: pb.RawImage) -> RawPixels:
 
 def _overrides(request: pb.ClassifyRequest | pb.DetectRequest | pb.SegmentRequest) -> ParamOverrides:
     """What is set, checked by the rules of `Params`; which classes there are only the model knows."""
-    known = request.DESCRIPTOR.fields_by_name
     chosen: dict[str, Any] = {
-        name: getattr(request, name) for name in _THRESHOLDS if name in known and request.HasField(name)
+        name: getattr(request, name) for name in _THRESHOLDS[type(request)] if request.HasField(name)
     }
     if chosen:
         Params(**chosen)
+    if not request.HasField("classes"):
+        return ParamOverrides(**chosen) if chosen else _NOTHING
     count = len(request.classes.class_names) + len(request.classes.class_ids)
     if count > MAX_CLASSES:
         raise InvalidInput("classes", f"lists {count} classes; at most {MAX_CLASSES} are accepted: name each one once")

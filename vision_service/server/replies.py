@@ -68,8 +68,12 @@ def write_classification(result: Result[Classification]) -> pb.ClassifyResponse:
     found = result.prediction
     response = pb.ClassifyResponse(info=_info(result))
     add = response.classes.add
+    # Plain assignment takes half the time of keyword arguments: 0.15 ms for 100 boxes.
     for class_id, name, score in zip(found.class_ids.tolist(), found.class_names, found.scores.tolist(), strict=True):
-        add(class_id=class_id, class_name=name, score=score)
+        scored = add()
+        scored.class_id = class_id
+        scored.class_name = name
+        scored.score = score
     return response
 
 
@@ -89,7 +93,6 @@ def write_detections(result: Result[Detections], encoding: MaskEncoding = "coco_
     rows = zip(
         found.boxes_xyxy.tolist(), found.class_ids.tolist(), found.class_names, found.scores.tolist(), strict=True
     )
-    # Plain assignment takes half the time of keyword arguments: 0.15 ms for 100 boxes.
     for corners, class_id, name, score in rows:
         detection = add()
         detection.class_id = class_id
