@@ -266,8 +266,8 @@ def _times(what: str, peers: Iterable[_Beside], needed: float, processor: str) -
         notes[0] = f"{ours:.0f} and {notes[0]}"
     if not all(one.in_turns for one in every):
         notes.append("not in turns")
-    elif best.starts > 1:
-        notes.append(f"{best.starts} starts of each")
+    elif (starts := min(one.starts for one in every)) > 1:
+        notes.append(f"{starts} starts of each")
     faults = [f"{SYSTEMS[name]} not measured" for name in PEERS if name not in {one.system for one in every}]
     faults += [f"{SYSTEMS[one.system]}: {one.failed} calls failed" for one in every if one.failed]
     found = _at_least(f"{what}: served / best peer >= {needed:g}", best.ratio, needed, "; ".join([*notes, *faults]))

@@ -124,7 +124,9 @@ def _arguments() -> argparse.Namespace:
     arguments.model = arguments.model or ["mobilenet_v2", "resnet50"]
     arguments.row = arguments.row or [EAGER, "openvino:fp32", "openvino:bf16"]
     arguments.system = arguments.system or [systems.LOOP, *systems.PEERS]
-    arguments.in_flight = arguments.in_flight or [16, 32]
+    arguments.in_flight = list(dict.fromkeys(arguments.in_flight or [16, 32]))
+    if min(arguments.starts, arguments.rounds) < 1:
+        parser.error("--starts and --rounds are at least 1")
     if any(row.endswith(":int8") for row in arguments.row):
         if arguments.calibration_folder is None:
             parser.error("int8 measures its scales on photos; name some with --calibration-folder")

@@ -53,6 +53,10 @@ async def crash(transport, request, context):
     raise ValueError("something broke")
 
 
+async def cancel_itself(transport, request, context):
+    raise asyncio.CancelledError
+
+
 async def with_code(transport, request, context):
     context.set_code(grpc.StatusCode.NOT_FOUND)
     context.set_details("nowhere")
@@ -134,6 +138,7 @@ METHODS = {
     "FirstMetadata": ("unary", first_metadata),
     "Fail": ("unary", fail),
     "Crash": ("unary", crash),
+    "CancelItself": ("unary", cancel_itself),
     "WithCode": ("unary", with_code),
     "Metadata": ("unary", metadata),
     "Big": ("unary", big),
@@ -401,6 +406,16 @@ def test_a_stop_waits_for_calls_and_takes_no_more(server):
     began_s = time.monotonic()
     stopping.result(20)
     assert time.monotonic() - began_s < 5  # not the whole grace period
+
+
+def test_a_handler_that_is_cancelled_from_within_ends_its_call(loop):
+    """With gRPC's own server such a call has no end."""
+    server = Running("asyncio", loop)
+    assert ask(server, "CancelItself", b"x")[0] is grpc.StatusCode.CANCELLED
+    assert ask(server, "Echo", b"x")[0] is grpc.StatusCode.OK
+    began_s = time.monotonic()
+    server.stop(10).result(20)
+    assert time.monotonic() - began_s < 5  # it does not count as under way
 
 
 def test_a_stop_ends_calls_when_the_grace_period_is_over(server):

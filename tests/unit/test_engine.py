@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import cv2
 import numpy as np
@@ -784,6 +784,32 @@ def test_images_that_are_being_decoded_have_a_place_in_the_queue(pipeline, gate)
             time.sleep(0.001)
     futures = [made.submit(red_image(i), **CLASSIFY) for i in (2, 3, 4)]
     assert [f.result(5).prediction.class_names for f in futures] == [(f"red {i}",) for i in (2, 3, 4)]
+
+
+def test_places_come_back_when_the_workers_are_gone_or_fail(pipeline, monkeypatch):
+    made = pipeline(max_decoding_jobs=1)
+
+    def broken(call):
+        call.host.not_coming()
+        call.fail(InvalidInput("image", "no"))
+        raise RuntimeError("worse")
+
+    def has_room():
+        with suppress(QueueFull):
+            made.check_room(Task.CLASSIFY)
+            return True
+
+    monkeypatch.setattr(made, "_prepare", broken)
+    for _ in range(3):
+        until(has_room)
+        with pytest.raises(InvalidInput):
+            made.predict(red_image(1), **CLASSIFY)
+    until(has_room)
+    made.workers.close()
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="is stopping"):
+            made.submit(red_image(1), **CLASSIFY)
+    assert made.close(5)
 
 
 def test_places_of_calls_that_were_refused_come_back(pipeline):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import weakref
 from queue import SimpleQueue
@@ -45,6 +47,32 @@ def test_a_worker_goes_on_after_a_failure_which_the_log_has(caplog):
     workers.submit(found.append, 1)
     workers.close()
     assert found == [1]
+
+
+def test_a_thread_whose_beginning_fails_works_all_the_same(caplog):
+    found = []
+    with caplog.at_level(logging.ERROR):
+        workers = Workers(1, "decode", lambda: int("seven"))
+        workers.submit(found.append, 1)
+        workers.close()
+    assert found == [1]
+    assert "invalid literal" in caplog.text
+    with pytest.raises(ValueError, match="0 workers would do nothing"):
+        Workers(0, "decode")
+
+
+ENDS = """
+import os, time
+from vision_service.engine.workers import Workers
+workers = Workers(2, "decode")
+for number in range(6):
+    workers.submit(lambda number=number: (time.sleep(0.02), os.write(1, b"%d " % number)))
+"""
+
+
+def test_a_process_that_ends_does_first_what_was_submitted():
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(done.stdout.split()) == list("012345")
 
 
 def test_a_worker_that_waits_keeps_nothing():

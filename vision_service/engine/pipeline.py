@@ -41,12 +41,12 @@ from vision_service.types import ParamOverrides, Result, Task, UInt8Array
 class Pipeline:
     """Runs images through the models of a catalog.
 
-    Thread-safe. Decoding and preprocessing run on a pool of its own; a model's network runs on the model's threads.
+    Thread-safe. Decoding and preprocessing run on threads of its own; a model's network runs on the model's threads.
 
     Args:
         catalog: the models. Closed with the pipeline.
         decode_workers: threads that decode and preprocess.
-        nice: by how much they are nicer than the thread that submits, see `be_nicer`.
+        nice: by how much they are nicer than the thread that makes the pipeline, see `be_nicer`.
         limits: largest image, in bytes and pixels.
         max_decoding_jobs: most images decoding or waiting to be; one more raises `QueueFull`.
         max_decoding_bytes: most bytes of images decoding or waiting to be.
@@ -244,9 +244,11 @@ class Pipeline:
         self._admission.enter(nbytes)
         try:
             self._workers.submit(self._work, call, nbytes)
-        except RuntimeError:  # they were closed
+        except BaseException as error:
             self._admission.leave(nbytes)
-            raise ModelUnavailable("the service is stopping; call again in a moment") from None
+            if isinstance(error, RuntimeError):  # they were closed
+                raise ModelUnavailable("the service is stopping; call again in a moment") from None
+            raise
 
     def _work(self, call: Call, nbytes: int) -> None:
         """What a worker does for a call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import weakref
@@ -18,18 +19,25 @@ class Workers:
     """Threads that do what they are given, first come first served.
 
     What a `ThreadPoolExecutor` does besides, a future for each piece of work and the starting of threads when they are
-    needed, costs thirty calls of Python an image, on the event loop and on the worker.
+    needed, costs some thirty calls of Python an image, on the event loop and on the worker.
+
+    A process that ends does first what was submitted: threads that it stopped in OpenCV would abort it.
 
     Args:
-        count: of threads.
+        count: of threads, at least one.
         name: what their names begin with.
-        begin: called by each of them first.
+        begin: called by each of them first; where it fails, the log says why and the thread works all the same.
 
     Attributes:
         count: of threads.
+
+    Raises:
+        ValueError: no threads.
     """
 
     def __init__(self, count: int, name: str, begin: Callable[[], None] = lambda: None) -> None:
+        if count < 1:
+            raise ValueError(f"{count} workers would do nothing; have at least one")
         self.count = count
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -41,6 +49,7 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
+        _OPEN.add(self)
 
     def submit(self, run: Callable[..., object], *args: Any) -> None:
         """Have something done. What it raises goes to the log.
@@ -61,17 +70,30 @@ class Workers:
             thread.join()
 
 
+_OPEN: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for workers in list(_OPEN):
+        workers.close()
+
+
 def _end(queue: SimpleQueue[_Work | None], count: int) -> None:
     for _ in range(count):
         queue.put(None)
 
 
 def _work(queue: SimpleQueue[_Work | None], begin: Callable[[], None]) -> None:
-    begin()
+    _do(begin)
     while (work := queue.get()) is not None:
         run, args = work
-        try:
-            run(*args)
-        except BaseException:
-            logger.exception("work of a thread failed")
+        _do(run, *args)
         del work, run, args  # an image is not to be kept until the next one comes
+
+
+def _do(run: Callable[..., object], *args: Any) -> None:
+    try:
+        run(*args)
+    except BaseException:
+        logger.exception("a worker's thread could not do its work, and goes on with the next")

@@ -330,6 +330,7 @@ class Call:
         self._cancel()
 
     def _run(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:
+        """Have a task answer. `_cancel` alone may cancel it before it has begun: nothing else would end the call."""
         self._task = self._loop.create_task(self._guarded(answer, method))
 
     async def _guarded(self, answer: Callable[[Any], Awaitable[None]], method: Callable[[Any, Any], Any]) -> None:

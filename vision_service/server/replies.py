@@ -68,7 +68,7 @@ def write_classification(result: Result[Classification]) -> pb.ClassifyResponse:
     found = result.prediction
     response = pb.ClassifyResponse(info=_info(result))
     add = response.classes.add
-    # Plain assignment takes half the time of keyword arguments: 0.15 ms for 100 boxes.
+    # Plain assignment takes half the time of keyword arguments: 0.15 ms for the 100 boxes below.
     for class_id, name, score in zip(found.class_ids.tolist(), found.class_names, found.scores.tolist(), strict=True):
         scored = add()
         scored.class_id = class_id
