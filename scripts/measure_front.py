@@ -13,11 +13,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from vision_service.client import AsyncVisionClient
-from vision_service.config.settings import ServerSettings
-from vision_service.server.app import VisionServer
+from vision_service.engine.threads import limit_spinning
 
 MANIFEST = """[[model]]
 name = "lenet"
@@ -48,18 +48,23 @@ def send(port: int, images: list[bytes], calls: int, in_flight: int) -> None:
 
 
 def thread_cpu_s() -> Counter[str]:
-    """CPU seconds of this process's threads so far, by what they do; gRPC's own are ``grpc``."""
+    """CPU seconds of this process's threads so far, by what they do; ``native``: those that Python did not start."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     used: Counter[str] = Counter()
     for task in Path("/proc/self/task").iterdir():
-        name = names.get(int(task.name), "grpc")
+        name = names.get(int(task.name), "native")
         role = next((role for role in ("decode", "-run", "-finish", "event loop") if role in name), "others")
-        used["grpc" if name == "grpc" else role] += int((task / "schedstat").read_text().split()[0]) / 1e9
+        with suppress(FileNotFoundError):  # it has ended
+            used["native" if name == "native" else role] += int((task / "schedstat").read_text().split()[0]) / 1e9
     return used
 
 
 def main() -> None:
     """Measure and print a table."""
+    limit_spinning()  # as `serve` does; it has no effect once torch is there, which these import
+    from vision_service.config.settings import ServerSettings
+    from vision_service.server.app import VisionServer
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, default=Path("samples"))
     parser.add_argument("--calls", type=int, default=4000)
