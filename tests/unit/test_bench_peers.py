@@ -9,7 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -87,6 +87,37 @@ def test_starts_have_one_voice_each_and_the_order_goes_on_from_one_to_the_next(p
     found = summary["ours_over"]["openvino:fp32"]["vision-service"]["8"]
     assert found["starts"] == [1.5, 6.0, 7.5]
     assert (found["median"], found["low"], found["high"]) == (6.0, 1.0, 9.0)  # of all six rounds it would be 5
+
+
+def test_servers_are_started_as_often_as_is_asked_for(peers, monkeypatch):
+    started = []
+
+    @contextmanager
+    def ours(job):
+        started.append(job.row)
+        yield {"vision-service": lambda in_flight: {"images_per_s": 2.0}}
+
+    @contextmanager
+    def other(job, system, workers):
+        started.append(system)
+        yield peers.systems.Other(lambda in_flight: {"images_per_s": 1.0}, nullcontext)
+
+    monkeypatch.setattr(peers.systems, "ours", ours)
+    monkeypatch.setattr(peers.systems, "other", other)
+    job = peers.systems.Job("mobilenet_v2", "openvino:fp32", None, [], 1.0, None)
+    arguments = Namespace(starts=3, rounds=2, in_flight=[8], seconds=1.0, system=["mosec", "ray"], tune=False)
+    *_, rows = peers._measure(arguments, {job.row: job})
+    assert started == ["openvino:fp32", "mosec", "ray"] * 3
+    beside = {row["system"]: row["ours_over"] for row in rows if row["system"] != "vision-service"}
+    assert beside["ray"]["openvino:fp32"]["vision-service"]["8"]["starts"] == [2.0] * 3
+
+
+@pytest.mark.parametrize("option", ["--starts", "--rounds"])
+def test_a_run_that_would_measure_nothing_is_refused(peers, monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["run.py", option, "0"])
+    with pytest.raises(SystemExit):
+        peers._arguments()
+    assert "at least 1" in capsys.readouterr().err
 
 
 def test_who_answers_nothing_is_named(peers):

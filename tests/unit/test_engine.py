@@ -541,7 +541,7 @@ def test_a_call_that_close_has_stopped_waiting_for_is_told_so(pipeline, gate):
 
 def test_an_answer_that_can_no_longer_be_written_fails(pipeline):
     made = pipeline(tiny_spec())
-    made._finishers.shutdown()  # as a close() that ran out of time does while a batch is on its way back
+    made._finishers.close()  # as a close() that ran out of time does while a batch is on its way back
     with pytest.raises(ModelUnavailable, match="stopped before the answer was written"):
         made.submit(red_image(1), finish=lambda result: result, **CLASSIFY).result(5)
 

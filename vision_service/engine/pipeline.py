@@ -6,7 +6,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Pipeline:
         self._limits = limits or DecodeLimits()
         self._workers = Workers(decode_workers, "decode", partial(be_nicer, nice))
         # Not the decoders: what is nearly done would wait there behind everything that has just come in.
-        self._finishers = ThreadPoolExecutor(decode_workers, thread_name_prefix="finish")
+        self._finishers = Workers(decode_workers, "finish", partial(be_nicer, nice))
         self._admission = Admission(max_decoding_jobs, max_decoding_bytes)
 
     @property
@@ -218,7 +218,7 @@ class Pipeline:
         """
         self._workers.close()
         drained = self.catalog.close(timeout_s)
-        self._finishers.shutdown(wait=True)
+        self._finishers.close()
         return drained
 
     def __enter__(self) -> Pipeline:
@@ -308,7 +308,7 @@ class Pipeline:
             return
         try:
             self._finishers.submit(self._finish, call, result)
-        except RuntimeError:  # shut down by a close() that did not wait for this batch any longer
+        except RuntimeError:  # closed by a close() that did not wait for this batch any longer
             call.fail(ModelUnavailable("the service stopped before the answer was written; call again in a moment"))
 
     def _finish(self, call: Call, result: Result[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Threads that prepare images, with as little as can be between those who have work and those who do it."""
+"""Threads that prepare images and write large answers, with little between those who have work and those who do it."""
 
 from __future__ import annotations
 
